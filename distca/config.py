@@ -1,0 +1,357 @@
+"""What can a run be asked to do?
+
+A run is one YAML file read into the frozen models below; the text under a field is its documentation. Unknown keys are errors,
+all errors are reported at once, and nothing outside this file and its overrides changes what a run does.
+
+    settings = load_settings("configs/runs/tiny_cpu.yaml", ["--train.steps", "10"])
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+
+from distca.errors import SettingsError
+
+PositiveFloat = Field(gt=0, allow_inf_nan=False)
+
+
+class Settings(BaseModel):
+    """Frozen, strict about names, documented by the strings under its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class ModelSettings(Settings):
+    path: str | None = None
+    """Weights to start from: a folder, or a name on the Hugging Face hub. Leave out to start from `config`."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub name."""
+    config: dict[str, Any] | None = None
+    """A Hugging Face configuration (`model_type: llama`, `hidden_size: …`) for a model with fresh weights."""
+    activation_checkpointing: bool = False
+    """Recompute layers in backward instead of keeping their activations; attention calls are kept, not repeated."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSettings:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give either `path` (weights to start from) or `config` (fresh weights), not both or neither")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("`config` needs `model_type`, for example `model_type: llama`")
+        return self
+
+
+class SourceSettings(Settings):
+    path: str
+    """A file, a glob of files (`data/**/*.jsonl`), a folder, a name on the Hugging Face hub, or `python-stdlib`: the source
+    files of this Python's own standard library."""
+    format: Literal["auto", "json", "parquet", "arrow", "text", "hub"] = "auto"
+    """`auto` goes by the files' ending. `text`: each file is one document. `hub`: `path` is a data set's name on the hub."""
+    subset: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub data set."""
+    column: str | None = None
+    """Column with the document: text, or a list of token ids. Default: `input_ids` if there is one, else `text`."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Share of this source in the training tokens, relative to the other sources' weights."""
+
+
+class DataSettings(Settings):
+    sources: tuple[SourceSettings, ...] = Field(min_length=1)
+    """Where documents come from."""
+    tokenizer: str = "bytes"
+    """`bytes` (built in, nothing to download), or a tokenizer's folder or hub name."""
+    tokenizer_revision: str | None = None
+    """Commit, tag or branch of a hub tokenizer."""
+    append_eos: bool = True
+    """End every text document with the tokenizer's end-of-sequence token. Token ids are taken as they are."""
+    max_document_tokens: PositiveInt | None = None
+    """Longer documents are cut into documents of this many tokens. Default: as many as a micro-batch holds."""
+    on_bad_document: Literal["error", "skip"] = "error"
+    """Empty documents, ids outside the vocabulary, unreadable files: stop, or leave out and count."""
+    cache: Path = Path("~/.cache/distca")
+    """Folder for tokenised documents, made once per set of sources and tokenizer."""
+
+
+class OptimizerSettings(Settings):
+    """AdamW."""
+
+    learning_rate: float = Field(3e-4, ge=0, allow_inf_nan=False)
+    """Peak of the schedule."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled; not applied to vectors (norms, biases)."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+
+
+class ScheduleSettings(Settings):
+    name: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape after the warm-up; linear and cosine end at 0 on the last step."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear rise from 0."""
+
+
+class TrainSettings(Settings):
+    tokens_per_step: PositiveInt
+    """Tokens in one optimizer step, over all trainers."""
+    tokens_per_rank: PositiveInt | None = None
+    """Tokens that a trainer holds at once (a micro-batch's share); sets memory. Default: follows from `accumulation`."""
+    accumulation: PositiveInt | None = None
+    """Micro-batches per optimizer step. Default: follows from `tokens_per_rank`; 1 if neither is given."""
+    steps: PositiveInt
+    """Optimizer steps of the whole run."""
+    precision: Literal["fp32", "bf16", "fp64"] = "bf16"
+    """Of weights, activations and what goes over the wire; with bf16 DeepSpeed keeps fp32 master weights. fp64 is for `verify`."""
+    clip_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+    loss_chunk: PositiveInt = 1024
+    """Rows whose logits exist at the same time."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+
+
+class ParallelSettings(Settings):
+    trainers: PositiveInt = 1
+    """Processes that hold the model's layers, one per GPU (or CPU process)."""
+    servers: int = Field(0, ge=0)
+    """Dedicated attention servers: processes that only compute core attention."""
+    trainers_serve: bool = True
+    """Trainers are attention servers too. With servers = 0: in place. With servers > 0: mixed; false makes the pool dedicated."""
+    trainer_capacity: int = Field(100, ge=1, le=100)
+    """Share (percent) of a dedicated server's attention work that a serving trainer takes in a mixed pool."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed splits over trainers: 1 optimizer states, 2 and gradients, 3 and weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where workers compute; `auto` takes GPUs if there are enough for every worker."""
+    threads: PositiveInt = 1
+    """CPU threads per worker."""
+    deadline_s: float = Field(120.0, gt=0, allow_inf_nan=False)
+    """Seconds a trainer waits for one attention call before it gives the server up."""
+    start_timeout_s: float = Field(120.0, gt=0, allow_inf_nan=False)
+    """Seconds to wait for the cluster's resources and for workers to come up."""
+
+    @model_validator(mode="after")
+    def _somebody_serves(self) -> ParallelSettings:
+        if not self.servers and not self.trainers_serve:
+            raise ValueError("nobody would compute attention: set `servers` above 0, or `trainers_serve: true`")
+        return self
+
+
+class PlannerSettings(Settings):
+    tolerance: float = Field(0.02, ge=0, le=1)
+    """A server's load may exceed its fair share by this fraction, where a cut of `block` rows allows it."""
+    block: int = 128
+    """Tasks are cut at multiples of this many rows and keys, counted from the document's start."""
+
+    @field_validator("block")
+    @classmethod
+    def _power_of_two(cls, block: int) -> int:
+        if block < 16 or block & (block - 1):
+            raise ValueError(f"must be a power of two of at least 16, got {block}")
+        return block
+
+
+class KernelSettings(Settings):
+    backend: Literal["auto", "torch", "reference"] = "auto"
+    """`torch`: fused operators of PyTorch, any device. `reference`: plain and slow, computes everything DistCA knows."""
+
+
+class CheckpointSettings(Settings):
+    every_steps: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 keeps only the last step's."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints stay."""
+
+
+class MonitorSettings(Settings):
+    folder: Path = Path("runs")
+    """Runs are written to a new folder in here, named after the run and its start."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    images_every: PositiveInt = 20
+    """Steps between pictures (document lengths, load per server)."""
+
+
+class RunSettings(Settings):
+    """One run: everything that decides what it computes and where."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$")
+    """Name of the run, used in its folder's name."""
+    seed: int = Field(0, ge=0)
+    """Of fresh weights, data order and random layers."""
+    model: ModelSettings
+    data: DataSettings
+    train: TrainSettings
+    parallel: ParallelSettings = ParallelSettings()
+    planner: PlannerSettings = PlannerSettings()
+    kernels: KernelSettings = KernelSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    monitor: MonitorSettings = MonitorSettings()
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> RunSettings:
+        train, trainers = self.train, self.parallel.trainers
+        if train.tokens_per_rank is not None and train.accumulation is not None:
+            product = train.tokens_per_rank * train.accumulation * trainers
+            if product != train.tokens_per_step:
+                raise ValueError(
+                    f"train.tokens_per_rank x train.accumulation x parallel.trainers = {product}, but train.tokens_per_step = "
+                    f"{train.tokens_per_step}: leave one of the two out, or set train.tokens_per_step: {product}"
+                )
+        per_round = trainers * (train.tokens_per_rank or train.accumulation or 1)
+        if train.tokens_per_step % per_round:
+            lower = train.tokens_per_step // per_round * per_round
+            near = " or ".join(str(n) for n in (lower, lower + per_round) if n)
+            what = "train.tokens_per_rank" if train.tokens_per_rank else "train.accumulation"
+            raise ValueError(
+                f"train.tokens_per_step = {train.tokens_per_step} cannot be shared equally: it must be a multiple of "
+                f"parallel.trainers x {what} = {per_round}; {near} would work"
+            )
+        return self
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.train.tokens_per_step // (self.parallel.trainers * self.tokens_per_rank)
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of one micro-batch on one trainer."""
+        return self.train.tokens_per_rank or self.train.tokens_per_step // (self.parallel.trainers * (self.train.accumulation or 1))
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """Tokens of one micro-batch, over all trainers: no document is longer."""
+        return self.tokens_per_rank * self.parallel.trainers
+
+
+def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSettings:
+    """Read a run file and apply `--section.key value` overrides; raise `SettingsError` with every error found."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot read the run file: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path}: a run file is a mapping of sections (model, data, train, …), found {type(values).__name__}")
+    for key, value in _parse_overrides(overrides):
+        _put(values, key, value)
+    return validate_settings(values, str(path))
+
+
+def validate_settings(values: dict[str, Any], origin: str = "settings") -> RunSettings:
+    """A mapping, as a run file holds it, to settings; raise `SettingsError` with every error found."""
+    try:
+        return RunSettings.model_validate(values)
+    except ValidationError as error:
+        lines = [f"  {line}" for problem in error.errors() for line in _sentence(problem).splitlines()]
+        plural = "" if error.error_count() == 1 else "s"
+        raise SettingsError("\n".join([f"{origin}: {error.error_count()} setting{plural} to correct", *lines])) from None
+
+
+def dump_settings(settings: RunSettings) -> str:
+    """The resolved settings as YAML that `load_settings` reads back to an equal value."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def describe_settings() -> Iterator[tuple[str, str, str, str]]:
+    """Every setting as (name, allowed values, default, explanation)."""
+    yield from _describe(RunSettings, "")
+
+
+def _describe(model: type[Settings], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Settings):
+            yield from _describe(kind, f"{prefix}{name}.")
+        elif name == "sources":
+            yield prefix + name, "list", "required", field.description or ""
+            yield from _describe(SourceSettings, f"{prefix}{name}[i].")
+        else:
+            limits = ", ".join(str(m) for m in field.metadata)
+            allowed = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind)
+            allowed = allowed.replace("typing.", "").replace("NoneType", "none")
+            default = "required" if field.is_required() else str(field.default)
+            yield prefix + name, f"{allowed} {limits}".strip(), default, " ".join((field.description or "").split())
+
+
+def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """`--a.b 3` or `--a.b=3`, values read as YAML; dashes in names stand for underscores."""
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise SettingsError(f"cannot read the argument {word!r}: overrides look like --train.steps 10")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise SettingsError(f"--{key} needs a value")
+            value = rest.pop(0)
+        try:
+            yield key.replace("-", "_"), yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise SettingsError(f"--{key}: cannot read {value!r} as a YAML value") from None
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set `a.b.2.c` in nested mappings and lists, making mappings on the way."""
+    *path, last = key.split(".")
+    here: Any = values
+    for name in path:
+        here = _step(here, name, key)
+    if isinstance(here, list):
+        here[_index(here, last, key)] = value
+    elif isinstance(here, dict):
+        here[last] = value
+    else:
+        raise SettingsError(f"--{key}: {'.'.join(path)} is a single value, it has no {last!r}")
+
+
+def _step(here: Any, name: str, key: str) -> Any:
+    if isinstance(here, list):
+        return here[_index(here, name, key)]
+    if not isinstance(here, dict):
+        raise SettingsError(f"--{key}: {name!r} is below a single value")
+    if here.get(name) is None:
+        here[name] = {}
+    return here[name]
+
+
+def _index(here: list, name: str, key: str) -> int:
+    if not name.isdigit() or int(name) >= len(here):
+        raise SettingsError(f"--{key}: {name!r} is not a place in a list of {len(here)}")
+    return int(name)
+
+
+def _sentence(problem: Any) -> str:
+    """One pydantic error as a line: the key's path, what is wrong, what is allowed."""
+    path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in problem["loc"]).lstrip(".")
+    if problem["type"] == "extra_forbidden":
+        known = list(_fields_at(problem["loc"][:-1]))
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{path}: no such setting; {hint}"
+    if problem["type"] == "missing":
+        return f"{path}: required, but not given"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
+    return f"{path}: {message}{given}" if path else f"{message}"
+
+
+def _fields_at(path: Sequence[str | int]) -> Sequence[str]:
+    model: type[Settings] = RunSettings
+    for name in path:
+        if isinstance(name, str):
+            kind = SourceSettings if name == "sources" else model.model_fields[name].annotation
+            model = kind  # type: ignore[assignment]
+    return tuple(model.model_fields)

@@ -1,0 +1,111 @@
+"""Which keys does a query row see?
+
+A mask is a list of *bands*. One band is a rectangle of query rows [q0, q1) x key columns [k0, k1) with two diagonals:
+
+    row q of the band, i = q - q0, sees the keys k with   i + lo <= k - k0 <= i + hi   and   k0 <= k < k1
+
+          k0                k1              causal document      lo = -inf   hi = 0
+       q0  x x . . . . . . .                sliding window W     lo = 1 - W  hi = 0
+           x x x . . . . . .                full                 lo = -inf   hi = +inf
+           . x x x . . . . .   lo = -1
+       q1  . . x x x . . . .   hi = 1
+
+Bands are the one mask language that is closed under cutting (a piece of a band is a band, `cut`) and whose area is exact in
+integers (`area`): the planner needs both. `UNBOUNDED` stands for infinity; all columns are int64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+UNBOUNDED = 1 << 40  # further than any document is long, and far enough from 2^63 that sums of a few cannot overflow
+
+
+@dataclass(frozen=True, slots=True)
+class Bands:
+    """Columns of equal length, one entry per band. Rows and keys count from wherever the owner says (a document, a buffer)."""
+
+    q0: np.ndarray  # (B,) int64, first query row
+    q1: np.ndarray  # (B,) int64, one past the last query row
+    k0: np.ndarray  # (B,) int64, first key
+    k1: np.ndarray  # (B,) int64, one past the last key
+    lo: np.ndarray  # (B,) int64, first key of row i is k0 + i + lo
+    hi: np.ndarray  # (B,) int64, last key of row i is k0 + i + hi
+
+    @staticmethod
+    def of(*rows: tuple[int, int, int, int, int, int]) -> Bands:
+        """Bands from (q0, q1, k0, k1, lo, hi) rows, for people and tests."""
+        return Bands(*np.array(rows, dtype=np.int64).reshape(-1, 6).T)
+
+    def __len__(self) -> int:
+        return len(self.q0)
+
+    def __getitem__(self, index) -> Bands:
+        """The bands that `index` (a slice, mask or integer array) selects."""
+        return Bands(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def area(self) -> np.ndarray:
+        """(B,) int64: how many (query, key) pairs each band allows, exactly."""
+        rows, keys = self.q1 - self.q0, self.k1 - self.k0
+        return _pairs_at_or_below(rows, keys, self.hi) - _pairs_at_or_below(rows, keys, self.lo - 1)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class MaskRule:
+    """The mask that a model's layer asks for, the same in every document: causal, or causal with a sliding window.
+
+    A new rule is a new field here with its bands in `bands_of`, and a row in the parity test's table."""
+
+    window: int = 0
+    """Keys a row sees, itself included; 0 means all before it."""
+
+    def __str__(self) -> str:
+        return f"sliding window of {self.window}" if self.window else "causal"
+
+
+def bands_of(rule: MaskRule, lengths: np.ndarray) -> Bands:
+    """One band per document, in the document's own rows: (documents,) int64 lengths -> Bands."""
+    lengths = np.asarray(lengths, np.int64)
+    zero = np.zeros_like(lengths)
+    lo = np.full_like(lengths, 1 - rule.window if rule.window else -UNBOUNDED)
+    return Bands(zero, lengths, zero, lengths, lo, zero)
+
+
+def cut(bands: Bands, q0, q1, k0, k1) -> Bands:
+    """The part of each band inside the rectangle [q0, q1) x [k0, k1), shrunk to the rows and keys that still see each other.
+
+    Bounds are scalars or (B,) arrays. A band with nothing inside becomes empty (q0 == q1 and k0 == k1)."""
+    return tighten(_rebase(bands, np.maximum(bands.q0, q0), np.minimum(bands.q1, q1), np.maximum(bands.k0, k0), np.minimum(bands.k1, k1)))
+
+
+def tighten(bands: Bands) -> Bands:
+    """The same pairs in the smallest rectangle: rows that see no key, and keys that no row sees, are dropped from the edges."""
+    rows, keys = bands.q1 - bands.q0, bands.k1 - bands.k0
+    first_row = np.maximum(0, -bands.hi)  # below it i + hi < 0: left of every key
+    last_row = np.minimum(rows - 1, keys - 1 - bands.lo)  # beyond it i + lo >= keys: right of every key
+    first_key = np.maximum(0, first_row + bands.lo)
+    last_key = np.minimum(keys - 1, last_row + bands.hi)
+    empty = (rows <= 0) | (keys <= 0) | (last_row < first_row) | (last_key < first_key) | (bands.hi < bands.lo)
+    q0, k0 = bands.q0 + np.where(empty, 0, first_row), bands.k0 + np.where(empty, 0, first_key)
+    q1 = np.where(empty, q0, bands.q0 + last_row + 1)
+    k1 = np.where(empty, k0, bands.k0 + last_key + 1)
+    return _rebase(bands, q0, q1, k0, k1)
+
+
+def _rebase(bands: Bands, q0, q1, k0, k1) -> Bands:
+    """The same diagonals seen from another corner."""
+    shift = (q0 - bands.q0) - (k0 - bands.k0)
+    bounded = lambda x: np.where(np.abs(x) >= UNBOUNDED // 2, x, x + shift)  # noqa: E731 - infinity stays infinity
+    return Bands(q0, np.maximum(q0, q1), k0, np.maximum(k0, k1), bounded(bands.lo), bounded(bands.hi))
+
+
+def _pairs_at_or_below(rows: np.ndarray, keys: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """How many pairs (i, j), 0 <= i < rows, 0 <= j < keys, have j <= i + x: a sum of clamp(i + x + 1, 0, keys)."""
+    triangle = lambda n: n * (n + 1) // 2  # noqa: E731
+    x = np.clip(x, -rows - 1, keys + 1)
+    first = np.clip(-x, 0, rows)  # rows before see nothing
+    last = np.clip(keys - x, first, rows)  # rows from here on see every key
+    ramp = triangle(np.maximum(last + x, 0)) - triangle(np.maximum(first + x, 0))
+    return ramp + (rows - last) * keys
