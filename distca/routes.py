@@ -1,0 +1,183 @@
+"""Which rows does a rank send and receive because of a plan?
+
+A server's rows lie packed, sorted by document and position, so that the rows and keys of a task are contiguous:
+
+    home rank 0  | doc 0 | doc 1 ...|        server 2  queries | doc 1 rows 128.. | doc 4 rows 0.. |
+    home rank 1  | ... doc 1 | doc 4 |                 keys    | doc 1 keys 0..        | doc 4 keys 0.. |
+
+A `Shipment` is a run of rows with one home rank and one server; both ends derive their row numbers from the same table. A row goes
+to a server once, however many of the server's tasks read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from distca.masks import Bands
+from distca.plan import Plan, Pool, sum_by
+
+
+@dataclass(frozen=True, slots=True)
+class Shipments:
+    """Rows [home_row, home_row + rows) of `rank` are rows [server_row, server_row + rows) of `server`. In the server's order."""
+
+    rank: np.ndarray  # (N,) int64
+    server: np.ndarray  # (N,) int64
+    home_row: np.ndarray  # (N,) int64
+    server_row: np.ndarray  # (N,) int64
+    rows: np.ndarray  # (N,) int64
+
+    def between(self, rank: int, server: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers (at home, at the server) of what the two exchange, in the order in which it travels."""
+        mine = np.flatnonzero((self.rank == rank) & (self.server == server))
+        return _ranges(self.home_row[mine], self.rows[mine]), _ranges(self.server_row[mine], self.rows[mine])
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """All rows that one plan moves, and every server's task list."""
+
+    queries: Shipments
+    keys: Shipments
+    tasks: Bands  # (C,) the plan's tasks, in the packed rows of their server
+    server: np.ndarray  # (C,) int64
+    pool: Pool
+    digest: int
+
+    def of_trainer(self, rank: int) -> TrainerRoute:
+        links = []
+        for server in range(len(self.pool)):
+            (q_rows, _), (kv_rows, _) = self.queries.between(rank, server), self.keys.between(rank, server)
+            if len(q_rows) or len(kv_rows):
+                links.append(ServerRows(server, q_rows, kv_rows))
+        return TrainerRoute(rank, tuple(links), self.digest)
+
+    def of_server(self, server: int) -> ServerRoute:
+        links = []
+        for rank in np.unique(np.concatenate([self.queries.rank, self.keys.rank])).tolist():
+            (_, q_rows), (_, kv_rows) = self.queries.between(rank, server), self.keys.between(rank, server)
+            if len(q_rows) or len(kv_rows):
+                links.append(TrainerRows(rank, q_rows, kv_rows))
+        mine = self.server == server
+        num_q = int(self.queries.rows[self.queries.server == server].sum())
+        num_kv = int(self.keys.rows[self.keys.server == server].sum())
+        return ServerRoute(server, tuple(links), self.tasks[mine], num_q, num_kv, self.digest)
+
+    def moved_rows(self) -> tuple[int, int]:
+        """How many query rows and key/value rows are attended away from their home rank."""
+        return _away(self.queries, self.pool), _away(self.keys, self.pool)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRows:
+    """What a trainer exchanges with one server: its own row numbers."""
+
+    server: int
+    q_rows: np.ndarray  # (Q,) int64
+    kv_rows: np.ndarray  # (K,) int64
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerRows:
+    """What a server exchanges with one trainer: the server's row numbers."""
+
+    rank: int
+    q_rows: np.ndarray  # (Q,) int64
+    kv_rows: np.ndarray  # (K,) int64
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerRoute:
+    rank: int
+    links: tuple[ServerRows, ...]
+    digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRoute:
+    server: int
+    links: tuple[TrainerRows, ...]
+    tasks: Bands
+    num_q_rows: int
+    num_kv_rows: int
+    digest: int
+
+
+def routes_of(plan: Plan) -> Routes:
+    """Every row that has to be at a server for its tasks, once each."""
+    b = plan.bands
+    queries, q_base = _ship(plan, b.q0, b.q1)
+    keys, k_base = _ship(plan, b.k0, b.k1)
+    tasks = Bands(q_base, q_base + b.q1 - b.q0, k_base, k_base + b.k1 - b.k0, b.lo, b.hi)
+    return Routes(queries, keys, tasks, plan.server, plan.pool, plan.digest())
+
+
+def _ship(plan: Plan, start: np.ndarray, end: np.ndarray) -> tuple[Shipments, np.ndarray]:
+    """Shipments that cover the tasks' row ranges [start, end), and the server row at which each task's range begins."""
+    span_server, span_document, span_start, span_end = _union(plan.server, plan.document, start, end)
+    rows = span_end - span_start
+    before = np.cumsum(rows) - rows
+    servers_before = np.searchsorted(span_server, np.arange(len(plan.pool)))
+    first_of_server = np.append(before, rows.sum())[servers_before]
+    span_row = before - first_of_server[span_server]
+
+    # which span holds each task's range: spans are sorted by (server, document, start), so search one combined key
+    stride = int(plan.lengths.max(initial=0)) + 1
+    place = lambda s, d, x: (s * len(plan.lengths) + d) * stride + x  # noqa: E731
+    span = np.searchsorted(place(span_server, span_document, span_start), place(plan.server, plan.document, start), side="right") - 1
+    base = span_row[span] + start - span_start[span] if len(span) else np.zeros(0, np.int64)
+
+    # each span crosses one or more home segments of its document, which are consecutive when sorted by (document, start)
+    s = plan.segments
+    order = np.lexsort((s.start, s.document))
+    where = s.document[order] * stride
+    low = np.searchsorted(where + s.end[order], span_document * stride + span_start, side="right")
+    high = np.searchsorted(where + s.start[order], span_document * stride + span_end, side="left")
+    span, segment = np.repeat(np.arange(len(low)), high - low), order[_ranges(low, high - low)]
+    first = np.maximum(span_start[span], s.start[segment])
+    last = np.minimum(span_end[span], s.end[segment])
+    return (
+        Shipments(
+            s.rank[segment],
+            span_server[span],
+            s.row[segment] + first - s.start[segment],
+            span_row[span] + first - span_start[span],
+            last - first,
+        ),
+        base,
+    )
+
+
+def _union(server, document, start, end) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Ranges that overlap or touch, within one server and document, become one. Sorted by server, document, start."""
+    order = np.lexsort((start, document, server))
+    server, document, start, end = server[order], document[order], start[order], end[order]
+    if len(order) == 0:
+        return server, document, start, end
+    group = np.append(True, (server[1:] != server[:-1]) | (document[1:] != document[:-1]))
+    # a running maximum of the ends that starts anew in each group: groups are lifted above one another
+    lift = np.cumsum(group) * (int(end.max()) + 1)
+    reach = np.maximum.accumulate(end + lift) - lift
+    fresh = group.copy()
+    fresh[1:] |= start[1:] > reach[:-1]
+    first = np.flatnonzero(fresh)
+    return server[first], document[first], start[first], np.maximum.reduceat(end, first)
+
+
+def _away(shipments: Shipments, pool: Pool) -> int:
+    home = np.array([-1 if h is None else h for h in pool.home], np.int64)  # no rank is -1
+    return int(shipments.rows[home[shipments.server] != shipments.rank].sum())
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[3, 10], [2, 3] -> [3, 4, 10, 11, 12]."""
+    total = int(counts.sum())
+    offset = np.repeat(starts - (np.cumsum(counts) - counts), counts)
+    return offset + np.arange(total)
+
+
+def rows_per_server(shipments: Shipments, num_servers: int) -> np.ndarray:
+    """(servers,) int64 rows that each server receives."""
+    return sum_by(shipments.server, shipments.rows, num_servers)

@@ -1,0 +1,97 @@
+"""A plan keeps its promises for any documents, pool and mask; routes bring every task exactly its rows."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distca.masks import MaskRule
+from distca.plan import PlanInputs, Pool, make_pool
+from distca.planner import plan_step
+from distca.routes import routes_of
+
+
+def padded(lengths, num_ranks):
+    """The lengths plus one document that makes the sum a multiple of the number of ranks."""
+    return np.array([*lengths, num_ranks - sum(lengths) % num_ranks], np.int64)
+
+
+pools = st.sampled_from(
+    [
+        make_pool(1, 0, True),
+        make_pool(3, 0, True),
+        make_pool(2, 2, False),
+        make_pool(3, 1, False),
+        make_pool(2, 3, True),
+        make_pool(3, 2, True, 35),
+        Pool((100, 7, 35), (None, None, 0)),
+    ]
+)
+lengths_lists = st.lists(st.one_of(st.integers(0, 3), st.sampled_from([127, 128, 129, 698, 4096]), st.integers(1, 2000)), min_size=1, max_size=12)
+
+
+def inputs_for(lengths, num_ranks, pool, window=0, tolerance=20_000, block=128):
+    return PlanInputs(padded(lengths, num_ranks), (MaskRule(window),), num_ranks, pool, tolerance, block)
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths_lists, st.integers(1, 4), pools, st.sampled_from([0, 1, 100, 4096]), st.sampled_from([0, 20_000, 100_000]), st.sampled_from([16, 128]))
+def test_a_plan_keeps_its_promises(lengths, extra_ranks, pool, window, tolerance, block):
+    num_ranks = max([extra_ranks, *(h + 1 for h in pool.home if h is not None)])
+    inputs = inputs_for(lengths, num_ranks, pool, window, tolerance, block)
+    plan = plan_step(inputs, inputs.rules[0])
+    plan.check()
+    again = plan_step(PlanInputs.from_words(inputs.to_words()), inputs.rules[0])
+    assert again.digest() == plan.digest()
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths_lists, pools, st.sampled_from([0, 100]))
+def test_every_task_finds_its_rows_at_its_server(lengths, pool, window):
+    num_ranks = max([2, *(h + 1 for h in pool.home if h is not None)])
+    inputs = inputs_for(lengths, num_ranks, pool, window, block=16)
+    plan = plan_step(inputs, inputs.rules[0])
+    routes = routes_of(plan)
+    offsets = np.cumsum(inputs.lengths) - inputs.lengths
+    home = [np.full(int(inputs.lengths.sum()) // num_ranks, -1) for _ in range(num_ranks)]  # the token each home row holds
+    s = plan.segments
+    for d, a, b, rank, row in zip(s.document, s.start, s.end, s.rank, s.row, strict=True):
+        home[rank][row : row + b - a] = offsets[d] + np.arange(a, b)
+
+    for server in range(len(pool)):
+        route = routes.of_server(server)
+        q_rows, kv_rows = np.full(route.num_q_rows, -1), np.full(route.num_kv_rows, -1)
+        for at_server in route.links:
+            at_home = next(x for x in routes.of_trainer(at_server.rank).links if x.server == server)
+            assert (q_rows[at_server.q_rows] == -1).all() and (kv_rows[at_server.kv_rows] == -1).all()
+            q_rows[at_server.q_rows] = home[at_server.rank][at_home.q_rows]
+            kv_rows[at_server.kv_rows] = home[at_server.rank][at_home.kv_rows]
+        assert (q_rows >= 0).all() and (kv_rows >= 0).all()
+        assert len(np.unique(q_rows)) == len(q_rows) and len(np.unique(kv_rows)) == len(kv_rows), "a row travels once"
+        mine = np.flatnonzero(plan.server == server)
+        assert len(mine) == len(route.tasks)
+        for i, c in enumerate(mine):
+            t, b, base = route.tasks, plan.bands, offsets[plan.document[c]]
+            assert (q_rows[t.q0[i] : t.q1[i]] == base + np.arange(b.q0[c], b.q1[c])).all()
+            assert (kv_rows[t.k0[i] : t.k1[i]] == base + np.arange(b.k0[c], b.k1[c])).all()
+            assert (t.lo[i], t.hi[i]) == (b.lo[c], b.hi[c])
+
+
+@pytest.mark.parametrize("pool", [make_pool(8, 0, True), make_pool(8, 5, False), make_pool(8, 4, True, 50)], ids=["in place", "dedicated", "mixed"])
+def test_one_long_document_is_shared_within_the_tolerance(pool):
+    lengths = np.array([100_000, 4_000, 20_000, 7_072], np.int64)
+    inputs = PlanInputs(lengths, (MaskRule(),), 8, pool, 20_000, 128)
+    plan = plan_step(inputs, MaskRule())
+    plan.check()
+    assert plan.imbalance() <= 1.02
+    assert len(plan.server) < 40 * len(pool), "tiles that lie side by side on one server are joined"
+
+
+def test_balanced_documents_stay_at_home():
+    inputs = PlanInputs(np.full(8, 512, np.int64), (MaskRule(),), 4, make_pool(4, 0, True), 20_000, 128)
+    assert routes_of(plan_step(inputs, MaskRule())).moved_rows() == (0, 0)
+
+
+def test_moved_rows_count_only_rows_away_from_home():
+    inputs = PlanInputs(np.array([1024, 1024], np.int64), (MaskRule(),), 2, make_pool(2, 1, False), 20_000, 128)
+    assert routes_of(plan_step(inputs, MaskRule())).moved_rows() == (2048, 2048)
