@@ -57,7 +57,7 @@ class SourceSettings(Settings):
     split: str = "train"
     """Split of a hub data set."""
     revision: str | None = None
-    """Commit, tag or branch of a hub data set."""
+    """Commit, tag or branch of a hub data set. Default: what was newest when the set was first prepared."""
     column: str | None = None
     """Column with the document: text, or a list of token ids. Default: `input_ids` if there is one, else `text`."""
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
@@ -72,13 +72,14 @@ class DataSettings(Settings):
     tokenizer_revision: str | None = None
     """Commit, tag or branch of a hub tokenizer."""
     append_eos: bool = True
-    """End every text document with the tokenizer's end-of-sequence token. Token ids are taken as they are."""
+    """End every text document with the tokenizer's end-of-sequence token, if the tokenizer does not do so itself; it may
+    also put a beginning-of-sequence token first, as its model expects. Token ids are taken as they are."""
     max_document_tokens: PositiveInt | None = None
     """Longer documents are cut into documents of this many tokens. Default: as many as a micro-batch holds."""
     on_bad_document: Literal["error", "skip"] = "error"
     """Empty documents, ids outside the vocabulary, unreadable files: stop, or leave out and count."""
     cache: Path = Path("~/.cache/distca")
-    """Folder for tokenised documents, made once per set of sources and tokenizer."""
+    """Folder for tokenised documents, made once per source and tokenizer. Every machine that trains must see it."""
 
 
 class OptimizerSettings(Settings):

@@ -39,6 +39,10 @@ class Bands:
         """Bands from (q0, q1, k0, k1, lo, hi) rows, for people and tests."""
         return Bands(*np.array(rows, dtype=np.int64).reshape(-1, 6).T)
 
+    def rows(self) -> list[tuple[int, int, int, int, int, int]]:
+        """The bands as (q0, q1, k0, k1, lo, hi) in Python integers, in order: what `of` took."""
+        return list(zip(*(getattr(self, f.name).tolist() for f in fields(self)), strict=True))
+
     def __len__(self) -> int:
         return len(self.q0)
 
@@ -49,7 +53,8 @@ class Bands:
     def area(self) -> np.ndarray:
         """(B,) int64: how many (query, key) pairs each band allows, exactly."""
         rows, keys = self.q1 - self.q0, self.k1 - self.k0
-        return _pairs_at_or_below(rows, keys, self.hi) - _pairs_at_or_below(rows, keys, self.lo - 1)
+        pairs = _pairs_at_or_below(rows, keys, self.hi) - _pairs_at_or_below(rows, keys, self.lo - 1)
+        return np.maximum(pairs, 0)  # hi < lo allows nothing
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -77,7 +82,13 @@ def cut(bands: Bands, q0, q1, k0, k1) -> Bands:
     """The part of each band inside the rectangle [q0, q1) x [k0, k1), shrunk to the rows and keys that still see each other.
 
     Bounds are scalars or (B,) arrays. A band with nothing inside becomes empty (q0 == q1 and k0 == k1)."""
-    return tighten(_rebase(bands, np.maximum(bands.q0, q0), np.minimum(bands.q1, q1), np.maximum(bands.k0, k0), np.minimum(bands.k1, k1)))
+    return tighten(crop(bands, q0, q1, k0, k1))
+
+
+def crop(bands: Bands, q0, q1, k0, k1) -> Bands:
+    """The part of each band inside the rectangle [q0, q1) x [k0, k1), with the rectangle's own edges."""
+    q0, q1 = np.maximum(bands.q0, q0), np.minimum(bands.q1, q1)
+    return _rebase(bands, q0, q1, np.maximum(bands.k0, k0), np.minimum(bands.k1, k1))
 
 
 def tighten(bands: Bands) -> Bands:

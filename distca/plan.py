@@ -66,7 +66,7 @@ class PlanInputs:
     def from_words(words: np.ndarray) -> PlanInputs:
         num_ranks, tolerance, block, num_rules, num_servers, num_documents = (int(w) for w in words[:6])
         windows, capacity, home, lengths = np.split(words[6:], np.cumsum([num_rules, num_servers, num_servers]))
-        assert len(lengths) == num_documents, f"expected {num_documents} lengths, got {len(lengths)}"
+        lengths = lengths[:num_documents]  # a message may be longer, up to its alignment
         pool = Pool(tuple(capacity.tolist()), tuple(h - 1 if h else None for h in home.tolist()))
         return PlanInputs(lengths, tuple(MaskRule(w) for w in windows.tolist()), num_ranks, pool, tolerance, block)
 
@@ -104,10 +104,7 @@ class Plan:
         """64 bits that differ when any task, server or segment does."""
         columns = [self.document, *(getattr(self.bands, f.name) for f in fields(Bands)), self.server]
         columns += [getattr(self.segments, f.name) for f in fields(Segments)]
-        digest = hashlib.blake2b(digest_size=8)
-        for column in columns:
-            digest.update(np.ascontiguousarray(column, dtype="<i8").tobytes())
-        return int.from_bytes(digest.digest(), "little") >> 1  # fits an int64
+        return _digest(columns)
 
     def check(self) -> None:
         """Raise AssertionError unless the plan keeps its promises (see the top of the file)."""
@@ -134,6 +131,18 @@ class Plan:
         s = self.segments
         held = sum_by(s.document, s.end - s.start, len(self.lengths))
         assert (held == self.lengths).all(), "segments do not tile the documents"
+
+
+def combined_digest(digests: list[int]) -> int:
+    """One digest for the plans of a micro-batch, one per mask rule, in the rules' order."""
+    return _digest([np.array(digests, np.int64)])
+
+
+def _digest(columns: list[np.ndarray]) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for column in columns:
+        digest.update(np.ascontiguousarray(column, dtype="<i8").tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 1  # fits an int64
 
 
 def limits(total: int, pool: Pool, tolerance: int) -> np.ndarray:

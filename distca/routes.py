@@ -52,7 +52,8 @@ class Routes:
             (q_rows, _), (kv_rows, _) = self.queries.between(rank, server), self.keys.between(rank, server)
             if len(q_rows) or len(kv_rows):
                 links.append(ServerRows(server, q_rows, kv_rows))
-        return TrainerRoute(rank, tuple(links), self.digest)
+        sent = np.concatenate([link.q_rows for link in links]) if links else np.zeros(0, np.int64)
+        return TrainerRoute(rank, tuple(links), len(np.unique(sent)) == len(sent), self.digest)
 
     def of_server(self, server: int) -> ServerRoute:
         links = []
@@ -92,6 +93,8 @@ class TrainerRows:
 class TrainerRoute:
     rank: int
     links: tuple[ServerRows, ...]
+    rows_are_whole: bool
+    """No query row is attended on more than one server: answers need no merging."""
     digest: int
 
 

@@ -1,0 +1,165 @@
+"""What does a run report, under which name, in which unit?
+
+`METRICS` is the one list of names: TensorBoard's tags, and what is meant by each. `StepRecord` holds one step's
+numbers, as a line for people (`line`) and as tagged values (`scalars`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A name, its unit, what it means, and the field or property of `StepRecord` that holds it."""
+
+    tag: str
+    unit: str
+    meaning: str
+    field: str
+
+
+METRICS = (
+    Metric("train/loss", "nats/token", "mean over the step's target tokens, wherever they sit", "loss"),
+    Metric("train/grad_norm", "1", "norm of the whole gradient, before clipping", "grad_norm"),
+    Metric("train/lr", "1", "learning rate of the step", "learning_rate"),
+    Metric("train/tokens_seen", "tokens", "trained on since the start of the run, resumed or not", "tokens_seen"),
+    Metric(
+        "speed/tokens_per_s", "tokens/s", "tokens of the step over its seconds, all trainers together", "tokens_per_s"
+    ),
+    Metric("speed/step_s", "s", "from one step's end to the next", "step_s"),
+    Metric("cad/imbalance_before", "1", "heaviest predicted load over mean, if no task moved", "imbalance_before"),
+    Metric("cad/imbalance_planned", "1", "heaviest predicted load over mean, as planned", "imbalance_planned"),
+    Metric("cad/imbalance_measured", "1", "heaviest busy time over mean, by the servers' clocks", "imbalance_measured"),
+    Metric("cad/plan_ms", "ms", "to make the plan, on a host thread, one step ahead", "plan_ms"),
+    Metric("cad/tasks", "tasks", "CA-tasks of the plan", "num_tasks"),
+    Metric(
+        "cad/bytes_moved", "bytes", "rows dispatched and collected, all layers, forward and backward", "bytes_moved"
+    ),
+    Metric("cad/attention_s", "s", "busy time of the busiest server", "attention_s"),
+    Metric("cad/wait_s", "s", "that a trainer waited for attention, mean over trainers", "wait_s"),
+    Metric("cad/server_busy_s", "s", "busy time of each server; its number follows the tag", "server_busy_s"),
+    Metric("data/documents", "documents", "in the step", "num_documents"),
+    Metric(
+        "data/cut_documents", "documents", "cut since the start because longer than a micro-batch", "num_cut_documents"
+    ),
+    Metric("data/wait_s", "s", "that the step waited for its data", "data_wait_s"),
+    Metric("data/epoch", "epochs", "passes over the data, with the fraction of the present one", "epoch"),
+    Metric("memory/trainer_rss_mib", "MiB", "memory of the largest trainer process", "trainer_rss_mib"),
+    Metric("memory/server_rss_mib", "MiB", "memory of the largest dedicated server process", "server_rss_mib"),
+    Metric("checkpoint/save_s", "s", "that the step was held up by saving a checkpoint", "checkpoint_save_s"),
+)
+TAGS = {metric.field: metric.tag for metric in METRICS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One step's numbers. What does not exist in a run, or was not measured in this step, is None."""
+
+    step: int  # from 1
+    num_steps: int  # of the whole run
+    loss: float
+    tokens: int  # target tokens of this step
+    step_s: float
+    tokens_seen: int
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    imbalance_before: float | None = None
+    imbalance_planned: float | None = None
+    imbalance_measured: float | None = None
+    bytes_moved: int | None = None
+    num_tasks: int | None = None
+    plan_s: float | None = None
+    attention_s: float | None = None
+    wait_s: float | None = None
+    server_busy_s: tuple[float, ...] = ()  # (servers,)
+    data_wait_s: float | None = None
+    num_documents: int | None = None
+    num_cut_documents: int | None = None
+    epoch: float | None = None
+    trainer_rss_mib: float | None = None
+    server_rss_mib: float | None = None
+    checkpoint_save_s: float | None = None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self.tokens / self.step_s if self.step_s > 0 else None
+
+    @property
+    def plan_ms(self) -> float | None:
+        return None if self.plan_s is None else 1000 * self.plan_s
+
+    def line(self) -> str:
+        """The step for people; lines of one run stand under each other in columns."""
+        return "  ".join(self._columns()).rstrip()
+
+    def _columns(self) -> Iterator[str]:
+        width = len(str(self.num_steps))
+        yield f"step {self.step:>{width}}/{self.num_steps}"
+        yield f"loss {self.loss:7.4f}"
+        if self.tokens_per_s is not None:
+            yield f"{_short(self.tokens_per_s):>5} tok/s"
+        if self.imbalance_before is not None and self.imbalance_planned is not None:
+            yield f"imbalance {self.imbalance_before:.2f}→{self.imbalance_planned:.2f}"
+        if self.bytes_moved is not None:
+            yield f"{bytes_text(self.bytes_moved):>7} moved"
+        if self.plan_ms is not None:
+            yield f"plan {self.plan_ms:3.0f} ms"
+        if self.attention_s is not None:
+            yield f"attention {_seconds(self.attention_s)}"
+        if self.wait_s is not None:
+            yield f"wait {_seconds(self.wait_s)}"
+        if self.checkpoint_save_s is not None:
+            yield f"saved in {_seconds(self.checkpoint_save_s)}"
+
+    def scalars(self) -> dict[str, float]:
+        """{tag: value} of every number there is: None, NaN and infinities are left out."""
+        found: dict[str, float] = {}
+        for metric in METRICS:
+            value = getattr(self, metric.field)
+            if isinstance(value, tuple):
+                found.update({f"{metric.tag}/{n}": v for n, v in enumerate(value) if math.isfinite(v)})
+            elif value is not None and math.isfinite(value):
+                found[metric.tag] = value
+        return found
+
+    def fields(self) -> dict[str, Any]:
+        """{field: value} of every number there is, for files: what is None or not finite is left out."""
+        found = dataclasses.asdict(self)
+        return {k: v for k, v in found.items() if v is not None and (isinstance(v, tuple) or math.isfinite(v))}
+
+
+def imbalance(load: Sequence[float], capacity: Sequence[float] | None = None) -> float:
+    """Heaviest load over mean load, both per capacity: 1 where every server's load is its fair share. 1 for no load."""
+    share = [1.0] * len(load) if capacity is None else list(capacity)
+    assert len(share) == len(load), f"{len(load)} loads, {len(share)} capacities"
+    total = sum(load)
+    if total <= 0:
+        return 1.0
+    return max(x / c for x, c in zip(load, share, strict=True) if c > 0) * sum(share) / total
+
+
+def _short(number: float) -> str:
+    """Three or four significant digits: 873, 5.1k, 128k, 1.2M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            scaled = number / size
+            return f"{scaled:.1f}{unit}" if scaled < 100 else f"{scaled:.0f}{unit}"
+    return f"{number:.0f}"
+
+
+def bytes_text(number: float) -> str:
+    """A size for people: 873 B, 4.2 MB, 128 GB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            scaled = number / size
+            return f"{scaled:.1f} {unit}" if scaled < 100 else f"{scaled:.0f} {unit}"
+    return f"{number:.0f} B"
+
+
+def _seconds(number: float) -> str:
+    return f"{number:5.2f} s" if number < 100 else f"{number:5.0f} s"

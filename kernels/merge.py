@@ -1,0 +1,33 @@
+"""How do two partial results of one query row, over different keys, become one?
+
+Each part is normalised over its own keys and says with its log-sum-exp how much weight those keys had together. A row
+that saw no key has out = 0 and lse = -inf, and stays so. All arithmetic is in the statistics dtype; the caller casts.
+
+The order of folding decides the last bits, so every caller folds in plan order, never in order of arrival.
+"""
+
+# Shape suffixes: S rows, H query heads, D head size. `merge` takes any leading dimensions: `...D` and `...`.
+
+import torch
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of lse and delta, and of every sum over keys or tasks: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fold `part` (..., D) with `part_lse` (...) into `out`, `lse`; returns the new pair, changes nothing in place."""
+    total = torch.logaddexp(lse, part_lse)
+    # a row that neither side attended has lse = -inf twice; subtracting would give nan, so the pivot stays finite
+    pivot = total.masked_fill(total == -torch.inf, 0.0)
+    weight, part_weight = (lse - pivot).exp(), (part_lse - pivot).exp()
+    return weight[..., None] * out + part_weight[..., None] * part, total
+
+
+def delta_of(out_SHD: torch.Tensor, d_out_SHD: torch.Tensor) -> torch.Tensor:
+    """rowsum(d_out * out), (S, H) in the statistics dtype: what backward subtracts from every dP of a row."""
+    stats = statistics_dtype(out_SHD.dtype)
+    return (out_SHD.to(stats) * d_out_SHD.to(stats)).sum(-1)

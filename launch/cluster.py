@@ -1,0 +1,607 @@
+"""Where do workers run, and how do they start, answer and end?
+
+    with start_ray(run_folder, num_workers=4) as cluster:
+        placement = place(cluster, num_workers=4, timeout_s=120)
+        workers = [spawn(Trainer, rank, placement=placement, bundle=rank, role="trainer") for rank in range(4)]
+        gather([w.made for w in workers], 120, "starting")
+        losses = gather([w.call("step", 1) for w in workers], 600, "running step 1")
+
+Workers are plain classes: Ray gives them a process, and only this file knows that. What this file promises:
+  - a Ray of our own listens on loopback alone, asks for a token that nobody else knows, and joins no other;
+  - whichever way the driver ends, its processes end too, even those stuck in native code;
+  - every failure of a worker reaches the caller as one `UserError` that names the worker and what it was doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import fcntl
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import ray
+import torch.distributed as dist
+from ray._private import ray_constants, services
+from ray._private import worker as ray_driver
+from ray._raylet import AuthenticationMode, AuthenticationTokenLoader, Config, get_authentication_mode
+from ray.exceptions import (
+    ActorUnavailableError,
+    AuthenticationError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from distca.errors import SettingsError, TryAgain, UserError
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 128 << 20  # rows travel over our own links; the store holds settings and reports
+SAY_EVERY_S = 30.0  # how often waiting is said aloud
+ROOT_CAUSE_S = 1.0  # after a first failure, others are awaited this long: the first to speak is often a victim
+LONGEST_TEMP_ROOT = 12  # a socket's path has at most 107 bytes, and Ray's and our names take about 92
+
+
+class WorkerFailed(UserError):
+    """A worker raised, died or fell silent; `workers` are those concerned."""
+
+    def __init__(self, message: str, workers: Sequence[Worker]):
+        super().__init__(message)
+        self.workers = tuple(workers)
+
+
+class WorkerLost(WorkerFailed):
+    """A worker's process is gone."""
+
+
+class WorkerSilent(WorkerFailed):
+    """Workers did not answer in time; their processes may still be there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The Ray that this driver is connected to."""
+
+    own: bool  # started by us, for this run alone
+    host: str  # address at which workers reach the driver
+    logs: Path  # folder for what each worker prints
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Resources set aside for all workers, one bundle for each."""
+
+    cluster: Cluster
+    group: PlacementGroup
+    num_cpus: float  # of each bundle
+    num_gpus: int  # of each bundle
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerProcess:
+    """Where a worker came up."""
+
+    pid: int
+    host: str
+    gpu_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker in its own process, as the driver sees it."""
+
+    role: str
+    number: int
+    log: Path  # what it prints, and the traceback of what it raised
+    actor: Any
+    log_start: int  # bytes that its log held before: of a predecessor, or of the run before
+    kernel_ooms: int  # on this machine, before it started
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.number}"
+
+    @property
+    def made(self) -> Call:
+        """Answers with its `WorkerProcess` when the worker is constructed."""
+        return Call(self, self.actor.made.remote())
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Call:
+        """Ask the worker to run one of its methods; returns at once, see `gather`."""
+        return Call(self, self.actor.call.remote(method, args, kwargs))
+
+    def kill(self) -> None:
+        """End the process now. Its bundle is free for a successor."""
+        ray.kill(self.actor, no_restart=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A question to a worker, not yet answered."""
+
+    worker: Worker
+    ref: ray.ObjectRef
+
+
+@contextlib.contextmanager
+def start_ray(
+    run_folder: str | Path,
+    *,
+    num_workers: int,
+    threads: int = 1,
+    gpus: bool = False,
+    env: Mapping[str, str] | None = None,
+    insecure: bool = False,
+) -> Iterator[Cluster]:
+    """Ray for one run: the cluster that RAY_ADDRESS names (as inside a Ray job), else one of our own on this machine.
+
+    `env` is set in every worker. Workers print into `run_folder/logs`. A cluster that does not ask for a token is
+    refused unless `insecure`. On the way out Ray is shut down, the environment and SIGTERM's handler are as before.
+    """
+    assert not ray.is_initialized(), "this process is connected to a Ray already"
+    # The kernel ends our processes when the *thread* that started them ends.
+    assert threading.current_thread() is threading.main_thread(), "Ray is started from the main thread"
+    logs = Path(run_folder).resolve() / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    worker_env = {"OMP_NUM_THREADS": str(threads), **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}), **(env or {})}
+    address = os.environ.get("RAY_ADDRESS", "local")
+    own = address in ("", "local")
+    started = _start_own(num_workers, gpus, worker_env) if own else _join(address, worker_env, insecure)
+    with _sigterm_kept(), _environment(PYTHONBREAKPOINT=os.environ.get("PYTHONBREAKPOINT")), started as host:
+        yield Cluster(own=own, host=host, logs=logs)
+
+
+@contextlib.contextmanager
+def _start_own(num_workers: int, gpus: bool, worker_env: Mapping[str, str]) -> Iterator[str]:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_private_folder())
+        token = folder / "token"
+        with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        stack.enter_context(
+            _environment(
+                RAY_AUTH_MODE="token",
+                RAY_AUTH_TOKEN=None,  # would win over the path
+                RAY_AUTH_TOKEN_PATH=str(token),
+                RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # the one way to make every part of Ray listen on loopback only
+                RAY_USAGE_STATS_ENABLED="0",
+                RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # without it, a warning per process
+            )
+        )
+        stack.enter_context(_loopback_only())
+        stack.enter_context(_quiet())
+        stack.callback(ray.shutdown)
+        with _environment(**worker_env):  # workers inherit it from Ray's processes, which start here
+            ray.init(
+                address="local",
+                _node_ip_address=LOOPBACK,
+                _temp_dir=str(folder / "ray"),  # Ray opens this folder to everybody, so it lies in one that is closed
+                num_cpus=num_workers,  # a count of places, not of cores: a laptop runs more workers than it has cores
+                num_gpus=None if gpus else 0,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        yield LOOPBACK
+
+
+@contextlib.contextmanager
+def _join(address: str, worker_env: Mapping[str, str], insecure: bool) -> Iterator[str]:
+    if "://" in address:
+        raise SettingsError(
+            f"RAY_ADDRESS={address} is not the address of a cluster's GCS (host:6379). Use `distca submit --address "
+            f"{address}`, run this on a node of the cluster, or unset RAY_ADDRESS to start a Ray of its own here."
+        )
+    try:
+        gcs = services.canonicalize_bootstrap_address(address)  # looks up "auto", and a name's number
+        protected = _asks_for_token(gcs)  # before our own token goes there
+    except ValueError:
+        raise SettingsError(f"RAY_ADDRESS={address} is not an address like host:6379") from None
+    except ConnectionError as error:
+        raise TryAgain(f"no answer from the Ray cluster at {address} (RAY_ADDRESS): {_last_line(error)}") from None
+    if not protected:
+        sentence = f"the Ray cluster at {gcs} asks for no token: whoever reaches it can run any code on it"
+        if not insecure:
+            raise SettingsError(f"{sentence}. Start it with RAY_AUTH_MODE=token, or accept this: --insecure")
+        logger.warning("%s", sentence)
+    if protected and get_authentication_mode() != AuthenticationMode.TOKEN:
+        raise SettingsError(
+            f"the Ray cluster at {gcs} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=<its file>"
+        )
+    logger.info("joining the Ray cluster at %s (RAY_ADDRESS)", gcs)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet())
+        stack.callback(ray.shutdown)
+        environment = {"env_vars": dict(worker_env)}
+        try:
+            ray.init(address=gcs, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
+        except AuthenticationError as error:
+            raise SettingsError(f"the Ray cluster at {gcs} refused our token: {_last_line(error)}") from None
+        except ConnectionError as error:
+            raise TryAgain(f"the Ray cluster at {gcs} did not let us in: {_last_line(error)}") from None
+        yield ray.util.get_node_ip_address()
+
+
+def _asks_for_token(gcs_address: str) -> bool:
+    """Whether the cluster turns away a caller without token; asked with the most harmless of its questions."""
+    with grpc.insecure_channel(gcs_address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            ask(b"", timeout=10)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                return True
+            raise ConnectionError(f"{error.code().name}: {error.details()}") from None
+    return False
+
+
+@contextlib.contextmanager
+def _environment(**values: str | None) -> Iterator[None]:
+    """Environment variables for a while; None takes one away."""
+    before = {name: os.environ.get(name) for name in values}
+
+    def put(changes: Mapping[str, str | None]) -> None:
+        for name, value in changes.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        Config.initialize("")  # Ray read the environment when it was imported
+        AuthenticationTokenLoader.instance().reset_cache()
+
+    put(values)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray puts a handler of its own, and an environment variable for its debugger, and leaves both."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """What RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 does, for this process: it imported Ray before the variable was set."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray's own paragraphs about dead workers go to the debug log: `gather` says the same in a sentence."""
+    before = ray_driver.print_to_stdstream
+
+    def to_log(data: Mapping[str, Any], **_: Any) -> None:
+        logger.debug("ray: %s", " ".join(data["lines"]))
+
+    ray_driver.print_to_stdstream = to_log
+    try:
+        yield
+    finally:
+        ray_driver.print_to_stdstream = before
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A new folder that only this user can enter, for Ray's sockets, logs and token; gone on the way out.
+
+    A killed driver leaves its folder behind: it is unlocked then, and the next start removes it.
+    """
+    root = Path(tempfile.gettempdir())
+    if len(str(root)) > LONGEST_TEMP_ROOT:
+        root = Path("/tmp")
+    for old in root.glob("distca-ray-*"):
+        with contextlib.suppress(OSError), open(old / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="distca-ray-", dir=root))
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def place(cluster: Cluster, num_workers: int, *, timeout_s: float, gpus: bool = False, threads: int = 1) -> Placement:
+    """Set aside a place for each worker: one GPU where `gpus`, and CPUs for its threads, or a fair share of CPUs.
+
+    Waits aloud while somebody else has them. Raises `TryAgain` after `timeout_s`; `SettingsError` at once where our own
+    Ray can never have them.
+    """
+    have = ray.cluster_resources()
+    num_gpus = num_workers if gpus else 0
+    if cluster.own and have.get("GPU", 0) < num_gpus:
+        raise SettingsError(_missing(num_workers, num_gpus, have, "this machine"))
+    # CPUs are counted to be fair to others, not exactly: with too few, workers are slow, but they start.
+    num_cpus = max(0.01, min(float(threads), int(100 * have.get("CPU", 0) / num_workers) / 100))
+    bundle = {"CPU": num_cpus, **({"GPU": 1} if gpus else {})}
+    group = placement_group([bundle] * num_workers, strategy="PACK")
+    start = time.monotonic()
+    while not group.wait(timeout_seconds=max(0.1, min(SAY_EVERY_S, start + timeout_s - time.monotonic()))):
+        waited = time.monotonic() - start
+        if waited >= timeout_s:
+            ray.util.remove_placement_group(group)
+            sentence = _missing(num_workers, num_gpus, ray.cluster_resources(), "the cluster")
+            raise TryAgain(f"{sentence} (waited {waited:.0f} s)")
+        free = ray.available_resources()
+        logger.info(
+            "waiting for a place for %d workers since %.0f s: they need %s, free are %s",
+            num_workers,
+            waited,
+            _amount(num_gpus, num_cpus * num_workers),
+            _amount(free.get("GPU", 0) if gpus else 0, free.get("CPU", 0)),
+        )
+    return Placement(cluster, group, num_cpus, int(gpus))
+
+
+def _missing(num_workers: int, num_gpus: int, have: Mapping[str, float], where: str) -> str:
+    if num_gpus:
+        return (
+            f"{num_workers} workers need {_count(num_gpus, 'GPU')}, {where} has {have.get('GPU', 0):g}: lower "
+            "parallel.trainers or parallel.servers, or set parallel.device: cpu"
+        )
+    return (
+        f"{num_workers} workers share {_count(have.get('CPU', 0), 'CPU')} of {where}, and others hold them: wait for "
+        "those, or lower parallel.trainers or parallel.servers"
+    )
+
+
+def _amount(num_gpus: float, num_cpus: float) -> str:
+    return (f"{_count(num_gpus, 'GPU')} and " if num_gpus else "") + _count(round(num_cpus, 2), "CPU")
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}" + ("" if number == 1 else "s")
+
+
+def spawn(
+    worker_class: type,
+    *args: Any,
+    placement: Placement,
+    bundle: int,
+    role: str,
+    number: int | None = None,
+    env: Mapping[str, str] | None = None,
+    max_concurrency: int = 1,
+    **kwargs: Any,
+) -> Worker:
+    """Start a process in the placement's bundle that makes `worker_class(*args, **kwargs)`; await its `made`.
+
+    `number` counts workers of a role (default: the bundle). `env` of a single worker costs a second, as Ray then cannot
+    use a process that it keeps ready. `max_concurrency` calls run at the same time, each in a thread.
+    """
+    number = bundle if number is None else number
+    log = placement.cluster.logs / f"{role}-{number}.txt"
+    strategy = PlacementGroupSchedulingStrategy(placement.group, placement_group_bundle_index=bundle)
+    options = dict(
+        num_cpus=placement.num_cpus,
+        num_gpus=placement.num_gpus,
+        scheduling_strategy=strategy,
+        max_concurrency=max_concurrency,
+        max_restarts=0,  # a worker that lost its state is not replaced behind our back
+        name=None,
+    )
+    if env:
+        options["runtime_env"] = {"env_vars": dict(env)}
+    actor = ray.remote(_Host).options(**options).remote(str(log), worker_class, args, kwargs)
+    return Worker(role, number, log, actor, log.stat().st_size if log.exists() else 0, _kernel_ooms())
+
+
+class _Host:
+    """The process that Ray gives a worker.
+
+    Errors of the worker's constructor are kept for `made`, which reports them as they are; Ray would only keep text.
+    """
+
+    def __init__(self, log: str, worker_class: type, args: tuple, kwargs: dict):
+        guard_parent()
+        if os.path.isdir(os.path.dirname(log)):  # on another node without shared folders, Ray's own log has to do
+            _print_into(log)
+        self._error: Exception | None = None
+        try:
+            self._worker = worker_class(*args, **kwargs)
+        except Exception as error:
+            self._error = error
+
+    def made(self) -> WorkerProcess:
+        if self._error is not None:
+            raise self._error
+        gpu_ids = tuple(str(gpu) for gpu in ray.get_gpu_ids())
+        return WorkerProcess(os.getpid(), ray.util.get_node_ip_address(), gpu_ids)
+
+    def call(self, method: str, args: tuple, kwargs: dict) -> Any:
+        if self._error is not None:
+            raise self._error
+        return getattr(self._worker, method)(*args, **kwargs)
+
+
+def _print_into(log: str) -> None:
+    """Send what this process prints, native code included, to a file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+
+
+def guard_parent() -> None:
+    """Make this process end when its parent does, even while it is stuck in native code.
+
+    Ray ends its workers by message, which a worker that holds the interpreter's lock may never read.
+    """
+    parent = os.getppid()
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it died just before
+            os.kill(os.getpid(), signal.SIGKILL)
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="guard_parent", daemon=True).start()
+
+
+def gather(calls: Sequence[Call], timeout_s: float | None, what: str) -> list[Any]:
+    """Wait for the answers, in the order of the calls. `what` completes "while …": "running step 12".
+
+    A `UserError` raised in a worker is raised here as it was. Any other exception becomes a `WorkerFailed` with its
+    last line, and its traceback goes to the worker's log. A dead worker becomes `WorkerLost`, no answer within
+    `timeout_s` `WorkerSilent`. Where several fail, the likeliest root cause is raised: a death comes first.
+    """
+    call_of = {call.ref: call for call in calls}
+    answers: dict[ray.ObjectRef, Any] = {}
+    failures: list[UserError] = []
+    start = said = time.monotonic()
+    deadline = start + (float("inf") if timeout_s is None else timeout_s)
+    pending = list(call_of)
+    while pending and (left := deadline - time.monotonic()) > 0:
+        done, pending = ray.wait(pending, num_returns=1, timeout=min(SAY_EVERY_S, left))
+        for ref in done:
+            try:
+                answers[ref] = ray.get(ref)
+            except RayError as error:
+                failures.append(_sentence(call_of[ref].worker, error, what))
+                if len(failures) == 1:
+                    deadline = time.monotonic() + ROOT_CAUSE_S
+        now = time.monotonic()
+        if now - said >= SAY_EVERY_S:
+            logger.info(
+                "%s since %.0f s; waiting for %s", what, now - start, _names(call_of[ref].worker for ref in pending)
+            )
+            said = now
+    if failures:
+        raise min(failures, key=_rank_of_cause) from None
+    if pending:
+        silent = [call_of[ref].worker for ref in pending]
+        raise WorkerSilent(f"{_names(silent)} gave no answer within {timeout_s:g} s while {what}", silent)
+    return [answers[call.ref] for call in calls]
+
+
+def _rank_of_cause(failure: UserError) -> int:
+    return 0 if isinstance(failure, WorkerLost) else 2 if isinstance(failure, WorkerFailed) else 1
+
+
+def _names(workers: Iterator[Worker] | Sequence[Worker]) -> str:
+    return ", ".join(str(worker) for worker in workers)
+
+
+def _sentence(worker: Worker, error: RayError, what: str) -> UserError:
+    """What Ray reports, as an error for people."""
+    if isinstance(error, RayTaskError):
+        if isinstance(error.cause, UserError):
+            return error.cause
+        with open(worker.log, "a") as log:
+            log.write(f"\nwhile {what}:\n{_uncoloured(error)}\n")
+        last = "".join(traceback.format_exception_only(error.cause)).strip()
+        return WorkerFailed(f"{worker} failed while {what}: {last} (traceback: {worker.log})", [worker])
+    if isinstance(error, (RayActorError, OutOfMemoryError, ActorUnavailableError)):
+        return WorkerLost(f"lost {worker} while {what}: {_cause_of_death(worker, error)}", [worker])
+    return WorkerFailed(f"{worker} failed while {what}: {_last_line(error)}", [worker])
+
+
+def _cause_of_death(worker: Worker, error: RayError) -> str:
+    text = str(error)
+    if code := re.search(r"exit code (-?\d+)", text):
+        return f"its process ended with exit code {code[1]} (its log: {worker.log})"
+    if isinstance(error, OutOfMemoryError) or "running low on memory" in text:
+        return "Ray ended its process because the node was running out of memory"
+    if "End of file" in text:
+        if crash := _crash(worker):
+            return f"its process crashed: {crash} (its log: {worker.log})"
+        if _kernel_ooms() > worker.kernel_ooms:
+            return "its process was killed, and the kernel has killed for want of memory meanwhile"
+        return f"its process was killed from outside or ended without a word (its log: {worker.log})"
+    return _last_line(error)
+
+
+def _crash(worker: Worker) -> str | None:
+    """What Ray or Python's fault handler wrote when native code crashed, such as "SIGSEGV"."""
+    try:
+        with open(worker.log, "rb") as file:
+            file.seek(max(worker.log_start, os.path.getsize(worker.log) - 65536))
+            tail = file.read().decode(errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^Fatal Python error: (.*)$|^\*\*\* (SIG\w+) received", tail, re.MULTILINE)
+    return found and (found[1] or found[2])
+
+
+def _kernel_ooms() -> int:
+    """How often this machine's kernel has killed for want of memory; 0 where it does not tell."""
+    try:
+        counters = Path("/proc/vmstat").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^oom_kill (\d+)", counters, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def _uncoloured(error: BaseException) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in _uncoloured(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def rendezvous_store(host: str, timeout_s: float = 120.0) -> tuple[dist.TCPStore, int]:
+    """The driver's key-value store, in which workers find each other, and its port. Listens on `host` alone."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.bind(address)
+    listener.listen(1024)
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),  # left alone, the store would listen on every interface
+    )
+    return store, port
+
+
+def connect_store(host: str, port: int, timeout_s: float = 120.0) -> dist.TCPStore:
+    """A worker's connection to the driver's `rendezvous_store`."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)

@@ -1,0 +1,152 @@
+"""How does DeepSpeed train the model, and what of it do we switch off or mend?
+
+The default process group is the trainers' alone: DeepSpeed makes its groups over it. The only file that imports deepspeed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from transformers import get_scheduler
+
+from distca.config import RunSettings
+from distca.errors import Unsupported
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+class Engine:
+    """A DeepSpeed engine around a module that returns a summed loss."""
+
+    def __init__(self, module: torch.nn.Module, settings: RunSettings, device: torch.device):
+        _quieten(device)
+        train, self._settings = settings.train, settings
+        if train.precision == "bf16" and settings.parallel.zero_stage == 0:
+            # DeepSpeed's stage-0 bf16 optimizer steps once on zero gradients, which shifts Adam's bias correction by one step
+            raise Unsupported("train.precision: bf16 needs parallel.zero_stage of at least 1; stage 0 trains with fp32")
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(module, train.optimizer.weight_decay),
+            lr=train.optimizer.learning_rate,
+            betas=(train.optimizer.beta1, train.optimizer.beta2),
+            eps=train.optimizer.eps,
+        )
+        schedule = get_scheduler(train.schedule.name, optimizer, train.schedule.warmup_steps, train.steps)
+        self.deepspeed, self._optimizer, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, lr_scheduler=schedule, dist_init_required=False, config=_deepspeed_config(settings)
+        )
+        for name, buffer in self.deepspeed.module.named_buffers():  # DeepSpeed casts buffers too; rotary frequencies must not be
+            buffer.data = buffers[name].to(buffer.device)
+        self._device = device
+
+    def forward(self, **batch) -> torch.Tensor:
+        return self.deepspeed(**batch)
+
+    def backward(self, summed_loss: torch.Tensor, targets_in_step: int) -> None:
+        """Add the gradient of the mean loss over all targets of the step, of which `summed_loss` is this micro-batch's part here.
+
+        DeepSpeed averages over ranks and micro-batches, so the sum is scaled up by their number."""
+        parts = self._settings.parallel.trainers * self._settings.accumulation
+        self.deepspeed.backward(summed_loss * (parts / targets_in_step))
+
+    def step(self) -> None:
+        """Apply the micro-batch; DeepSpeed updates the weights when the accumulated ones are complete."""
+        self.deepspeed.step()
+
+    def gradient_norm(self) -> float:
+        """Of the last step's whole gradient, before clipping; nan where DeepSpeed does not say (stage 0 without clipping)."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def learning_rate(self) -> float:
+        return float(self.deepspeed.get_lr()[0])
+
+    def full_gradients(self) -> dict[str, torch.Tensor]:
+        """Every parameter's gradient, whole and on the CPU, before `step` of the last micro-batch; a collective call."""
+        gradients = {}
+        for name, parameter in self.deepspeed.module.named_parameters():
+            full = parameter.grad if self._settings.parallel.zero_stage == 0 else safe_get_full_grad(parameter)
+            gradients[name] = full.detach().to("cpu", copy=True) if full is not None else None
+        return gradients
+
+    def save(self, folder: Path, client_state: dict) -> None:
+        """Write weights, optimizer and schedule into `folder`; a collective call."""
+        self.deepspeed.save_checkpoint(str(folder), tag=TAG, client_state=client_state, save_latest=False)
+
+    def load(self, folder: Path) -> dict:
+        """Read what `save` wrote; returns the client state. A collective call."""
+        with _weights_only():
+            path, client_state = self.deepspeed.load_checkpoint(str(folder), tag=TAG)
+        assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+        return client_state
+
+
+TAG = "deepspeed"
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+def full_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a saved checkpoint in one process, fp32 where DeepSpeed keeps fp32 master weights."""
+    states = folder / TAG / "mp_rank_00_model_states.pt"
+    if any((folder / TAG).glob("*_optim_states.pt")):
+        with _weights_only():
+            return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    return torch.load(states, map_location="cpu", weights_only=True)["module"]
+
+
+@contextmanager
+def _weights_only():
+    """DeepSpeed loads with weights_only=False, which runs whatever a hostile file says; allow tensors and its own few classes."""
+    before = os.environ.get(FORCE)
+    os.environ[FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        os.environ.pop(FORCE) if before is None else os.environ.update({FORCE: before})
+
+
+def _deepspeed_config(settings: RunSettings) -> dict:
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # one packed row; tokens are our unit
+        "gradient_accumulation_steps": settings.accumulation,
+        "gradient_clipping": settings.train.clip_grad_norm,
+        "zero_optimization": {"stage": settings.parallel.zero_stage},
+        "bf16": {"enabled": settings.train.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices decay, vectors (norms, biases) do not."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _quieten(device: torch.device) -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # this op is compiled at first use (over a minute) and leaves 69 MB per process in /dev/shm; ZeRO does not need it
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def sum_over_trainers(values: list[float]) -> list[float]:
+    """Elementwise sums over all trainers, in fp64."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()

@@ -1,0 +1,449 @@
+import ctypes
+import http.client
+import ipaddress
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+
+import psutil
+import pytest
+import ray
+
+from distca.errors import DataError, SettingsError, TryAgain
+from distca.launch import cluster
+from distca.launch.cluster import (
+    WorkerFailed,
+    WorkerLost,
+    WorkerSilent,
+    connect_store,
+    gather,
+    place,
+    rendezvous_store,
+    spawn,
+    start_ray,
+)
+
+MARK = "DISTCA_TEST_MARK"  # set in a driver's environment and inherited by all that it starts
+
+
+class Echo:
+    """A worker that does as it is told."""
+
+    def __init__(self, number=0, bad=False):
+        if bad:
+            raise DataError("rows.jsonl, row 7: empty document")
+        self.number = number
+
+    def number_of(self):
+        return self.number
+
+    def environment(self, *names):
+        return [os.environ.get(name) for name in names]
+
+    def say(self, text):
+        print(text)
+
+    def fail(self, error):
+        raise error
+
+    def die(self, how):
+        if how == "exit code":
+            sys.exit(4)
+        if how == "SIGKILL":
+            os.kill(os.getpid(), signal.SIGKILL)
+        ctypes.string_at(0)
+
+    def sleep(self, seconds):
+        time.sleep(seconds)
+
+    def hold_interpreter(self):
+        ctypes.PyDLL(None).sleep(1000)  # PyDLL keeps the interpreter's lock: no thread of this process runs Python
+
+    def store_value(self, port):
+        return connect_store("127.0.0.1", port).get("greeting")
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:  # ended meanwhile, or of another user
+            continue
+    return found
+
+
+def listeners(processes) -> set[tuple[str, int]]:
+    found = set()
+    for process in processes:
+        try:
+            found |= {tuple(c.laddr) for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        except psutil.Error:
+            continue
+    return found
+
+
+def is_loopback(address: str) -> bool:
+    ip = ipaddress.ip_address(address)
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+# Without Ray
+
+
+def test_the_store_listens_on_loopback_alone():
+    before = listeners([psutil.Process()])
+    store, port = rendezvous_store("127.0.0.1")
+    store.set("greeting", "hello")
+    assert connect_store("127.0.0.1", port).get("greeting") == b"hello"
+    opened = listeners([psutil.Process()]) - before
+    assert [p for _, p in opened] == [port]
+    assert all(is_loopback(address) for address, _ in opened)
+
+
+def test_a_guarded_process_ends_with_its_parent():
+    child = "from distca.launch.cluster import guard_parent; guard_parent(); print('up', flush=True); import ctypes;"
+    child += "ctypes.PyDLL(None).sleep(1000)"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(1000)"
+    mark = uuid.uuid4().hex
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, MARK: mark}, stdout=subprocess.PIPE)
+    assert parent.stdout.readline() == b"up\n"
+    assert len(marked(mark)) == 2
+    parent.kill()
+    parent.wait()
+    ended(mark, 5)
+
+
+def test_the_address_of_a_job_server_is_refused_with_a_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(SettingsError, match="distca submit --address http://127.0.0.1:8265"):
+        with start_ray(tmp_path, num_workers=1):
+            pass
+
+
+def test_an_environment_comes_back(monkeypatch):
+    monkeypatch.setenv("DISTCA_A", "1")
+    monkeypatch.delenv("DISTCA_B", raising=False)
+    with cluster._environment(DISTCA_A=None, DISTCA_B="2"):
+        assert "DISTCA_A" not in os.environ and os.environ["DISTCA_B"] == "2"
+    assert os.environ["DISTCA_A"] == "1" and "DISTCA_B" not in os.environ
+
+
+def test_the_folder_of_a_dead_driver_is_removed_and_that_of_a_living_one_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "LONGEST_TEMP_ROOT", 1000)
+    monkeypatch.setattr(cluster.tempfile, "tempdir", str(tmp_path))
+    dead = tmp_path / "distca-ray-dead"
+    dead.mkdir()
+    (dead / "lock").touch()
+    with cluster._private_folder() as living:
+        assert living.stat().st_mode & 0o777 == 0o700
+        with cluster._private_folder():
+            assert living.exists() and not dead.exists()
+    assert not list(tmp_path.iterdir())
+
+
+# Somebody else's cluster
+
+
+@pytest.fixture(params=["open", "token"])
+def head(request, tmp_path, monkeypatch):
+    """A cluster on loopback, with or without a token; its address is in RAY_ADDRESS."""
+    mark, port, token = uuid.uuid4().hex, free_port(), tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    environment = {**os.environ, MARK: mark, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["RAY_AUTH_MODE"] = "disabled" if request.param == "open" else "token"
+    environment["RAY_AUTH_TOKEN_PATH"] = str(token)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    command += ["--include-dashboard=false", "--num-cpus=1", f"--temp-dir=/tmp/{mark[:8]}"]
+    command += [f"--dashboard-agent-listen-port={free_port()}", "--node-ip-address=127.0.0.1"]
+    with open(tmp_path / "head.txt", "w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    deadline = time.monotonic() + 60
+    while "runtime started" not in (tmp_path / "head.txt").read_text():
+        assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "head.txt").read_text()
+        time.sleep(0.2)
+    yield request.param, token
+    process.terminate()
+    process.wait(20)
+    for left in marked(mark):
+        left.kill()
+    subprocess.run(["rm", "-rf", f"/tmp/{mark[:8]}"], check=True)
+
+
+def test_a_cluster_that_does_not_answer_is_said_so_soon(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    with (
+        cluster._loopback_only(),
+        pytest.raises(TryAgain, match="no answer from the Ray cluster at 127.0.0.1:.*UNAVAIL"),
+    ):
+        with start_ray(tmp_path, num_workers=1):
+            pass
+
+
+@pytest.mark.slow
+def test_a_cluster_is_joined_with_its_token_and_refused_without(head, tmp_path, monkeypatch):
+    kind, token = head
+    monkeypatch.setattr(cluster.ray_constants, "ENABLE_RAY_CLUSTER", False)  # or this driver looks beyond loopback
+    if kind == "open":
+        with cluster._environment(RAY_AUTH_MODE="disabled"):
+            with pytest.raises(SettingsError, match="asks for no token.*--insecure"):
+                with start_ray(tmp_path, num_workers=2):
+                    pass
+            with start_ray(tmp_path, num_workers=2, insecure=True) as joined:
+                assert not joined.own
+        return
+    with cluster._environment(RAY_AUTH_MODE="disabled"), pytest.raises(SettingsError, match="asks for a token"):
+        with start_ray(tmp_path, num_workers=2):
+            pass
+    with cluster._environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token)):
+        with start_ray(tmp_path, num_workers=2, threads=2) as joined:
+            placement = place(joined, 2, timeout_s=20, threads=2)
+            assert placement.num_cpus == 0.5  # a fair share of the one there is
+            worker = spawn(Echo, placement=placement, bundle=0, role="trainer")
+            gather([worker.made], 60, "starting")
+            assert gather([worker.call("environment", "OMP_NUM_THREADS")], 10, "looking") == [["2"]]
+    assert not ray.is_initialized()
+
+
+# One Ray for the tests below, which therefore come after those that join another
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    mark = uuid.uuid4().hex
+    environment, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    os.environ[MARK] = mark
+    with start_ray(tmp_path_factory.mktemp("run"), num_workers=4, threads=3) as own:
+        yield own, place(own, 4, timeout_s=10), mark
+    del os.environ[MARK]
+    assert dict(os.environ) == environment and signal.getsignal(signal.SIGTERM) == handler
+    assert len(marked(mark)) == 0
+    with pytest.raises(ConnectionError):  # nothing left to join
+        ray.init(address="auto")
+
+
+@pytest.fixture(scope="module")
+def workers(running):
+    made = [spawn(Echo, n, placement=running[1], bundle=n, role="trainer", max_concurrency=2) for n in range(2)]
+    gather([w.made for w in made], 60, "starting")
+    return made
+
+
+@pytest.fixture
+def one(running):
+    """A worker that the test may spoil."""
+    worker = spawn(Echo, 5, placement=running[1], bundle=3, role="server", number=5)
+    gather([worker.made], 60, "starting")
+    yield worker
+    worker.kill()
+
+
+@pytest.mark.slow
+def test_answers_come_in_the_order_of_the_calls(workers):
+    calls = [workers[1].call("number_of"), workers[0].call("number_of"), workers[1].call("number_of")]
+    assert gather(calls, 10, "counting") == [1, 0, 1]
+
+
+@pytest.mark.slow
+def test_workers_have_their_environment_and_no_gpu(workers):
+    [values] = gather([workers[0].call("environment", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")], 10, "looking")
+    assert values == ["3", ""]
+    assert "OMP_NUM_THREADS" not in os.environ
+
+
+@pytest.mark.slow
+def test_what_a_worker_prints_is_in_its_log(workers):
+    gather([workers[0].call("say", "three words here")], 10, "talking")
+    assert "three words here" in workers[0].log.read_text()
+
+
+@pytest.mark.slow
+def test_a_user_error_comes_out_as_it_was(workers):
+    with pytest.raises(DataError, match="^row 3 is empty$"):
+        gather([workers[0].call("fail", DataError("row 3 is empty"))], 10, "reading data")
+
+
+@pytest.mark.slow
+def test_a_user_error_of_a_constructor_comes_out_as_it_was(running):
+    worker = spawn(Echo, bad=True, placement=running[1], bundle=2, role="trainer")
+    with pytest.raises(DataError, match="^rows.jsonl, row 7: empty document$"):
+        gather([worker.made], 60, "starting")
+    worker.kill()
+
+
+@pytest.mark.slow
+def test_another_exception_names_the_worker_and_its_traceback_is_in_the_log(workers):
+    with pytest.raises(
+        WorkerFailed, match=r"^trainer 1 failed while running step 12: KeyError: 'loss' \(traceback: "
+    ) as e:
+        gather([workers[1].call("fail", KeyError("loss"))], 10, "running step 12")
+    assert e.value.workers == (workers[1],)
+    assert "while running step 12" in workers[1].log.read_text() and "in fail" in workers[1].log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how, cause",
+    [("exit code", "exit code 4"), ("SIGKILL", "killed from outside or ended without a word"), ("SIGSEGV", "SIGSEGV")],
+)
+def test_a_dead_worker_is_lost_with_its_cause(one, workers, how, cause, capfd):
+    """Its peers, who fail because of it and may be heard first, are not blamed."""
+    calls = [workers[0].call("fail", RuntimeError("connection closed by peer")), one.call("die", how)]
+    start = time.monotonic()
+    with pytest.raises(WorkerLost, match=f"^lost server 5 while running step 1: .*{cause}"):
+        gather(calls, 60, "running step 1")
+    assert time.monotonic() - start < 5
+    assert "worker died" not in capfd.readouterr().out  # Ray's own paragraph
+
+
+@pytest.mark.slow
+def test_a_silent_worker_is_named_after_the_time_out(workers, monkeypatch, caplog):
+    monkeypatch.setattr(cluster, "SAY_EVERY_S", 0.2)
+    caplog.set_level("INFO")
+    with pytest.raises(WorkerSilent, match=r"^trainer 1 gave no answer within 0.5 s while running step 2"):
+        gather([workers[0].call("number_of"), workers[1].call("sleep", 2)], 0.5, "running step 2")
+    assert "waiting for trainer 1" in caplog.text
+
+
+@pytest.mark.slow
+def test_gpus_that_a_machine_of_our_own_lacks_are_refused_at_once(running):
+    with pytest.raises(SettingsError, match="^3 workers need 3 GPUs, this machine has 0: lower parallel.trainers or"):
+        place(running[0], 3, gpus=True, timeout_s=60)
+
+
+@pytest.mark.slow
+def test_taken_places_are_waited_for_aloud(running, monkeypatch, caplog):
+    monkeypatch.setattr(cluster, "SAY_EVERY_S", 0.4)
+    caplog.set_level("INFO")
+    with pytest.raises(TryAgain, match="4 workers share 4 CPUs of the cluster, and others hold them"):
+        place(running[0], 4, timeout_s=1)
+    assert "they need 4 CPUs, free are 0 CPUs" in caplog.text
+
+
+@pytest.mark.slow
+def test_workers_meet_in_the_drivers_store(workers):
+    store, port = rendezvous_store("127.0.0.1")
+    store.set("greeting", "hello")
+    assert gather([workers[0].call("store_value", port)], 10, "meeting") == [b"hello"]
+
+
+@pytest.mark.slow
+def test_nothing_listens_beyond_loopback_and_nothing_answers_without_a_token(running, workers):
+    open_ports = listeners(marked(running[2]))
+    assert len(open_ports) > 3
+    assert [address for address, _ in open_ports if not is_loopback(address)] == []
+    assert cluster._asks_for_token(ray.get_runtime_context().gcs_address)
+    for _, port in open_ports:
+        job = b'{"entrypoint": "id"}'
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/api/job_agent/jobs/", data=job, method="POST")
+        with pytest.raises((OSError, http.client.HTTPException)) as refusal:
+            urllib.request.urlopen(request, timeout=5)
+        if isinstance(refusal.value, urllib.error.HTTPError):
+            assert refusal.value.code in (401, 404), refusal.value
+
+
+@pytest.mark.slow
+def test_the_token_is_for_its_owner_alone(running):
+    token = os.environ["RAY_AUTH_TOKEN_PATH"]
+    assert os.stat(token).st_mode & 0o777 == 0o600
+    folder = os.path.dirname(token)
+    assert os.stat(folder).st_mode & 0o777 == 0o700
+    assert ray.get_runtime_context().get_session_name() in os.listdir(f"{folder}/ray")
+
+
+# Endings, each of a driver of its own
+
+
+DRIVER = """
+import ctypes, sys, time
+from distca.launch.cluster import gather, place, spawn, start_ray
+
+class Worker:
+    def hold_interpreter(self):
+        ctypes.PyDLL(None).sleep(1000)
+    def spin(self):
+        while True:
+            pass
+
+if __name__ == "__main__":
+    ending, folder = sys.argv[1:]
+    num_workers = 2 if ending == "SIGKILL" else 1
+    with start_ray(folder, num_workers=num_workers) as cluster:
+        placement = place(cluster, num_workers, timeout_s=60)
+        workers = [spawn(Worker, placement=placement, bundle=n, role="trainer") for n in range(num_workers)]
+        gather([w.made for w in workers], 100, "starting")
+        calls = [w.call(how) for w, how in zip(workers, ["hold_interpreter", "spin"])]
+        print("up", flush=True)
+        sys.stdin.readline()
+        if ending == "exception":
+            raise ValueError("oh")
+        if ending != "return":
+            gather(calls, 100, "spinning")
+    print("down", flush=True)
+"""
+ENDINGS = {"return": 0, "exception": 1, "SIGINT": None, "SIGTERM": None, "SIGKILL": -signal.SIGKILL}
+
+
+def ended(mark: str, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while left := marked(mark):
+        assert time.monotonic() < deadline, [(p.pid, p.cmdline()) for p in left]
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory):
+    """One driver per ending, started together, as starting is what takes long."""
+    folder = tmp_path_factory.mktemp("drivers")
+    (folder / "driver.py").write_text(DRIVER)
+    started = {}
+    for ending in ENDINGS:
+        mark = uuid.uuid4().hex
+        command = [sys.executable, folder / "driver.py", ending, folder / ending]
+        environment = {**os.environ, MARK: mark}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started[ending] = mark, subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    yield started
+    for mark, process in started.values():
+        process.kill()
+        process.communicate()
+        for orphan in marked(mark):
+            orphan.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_however_a_driver_ends_nothing_of_it_stays(drivers, ending):
+    """A worker of each holds the interpreter's lock in native code; where SIGKILL ends it, a second one spins."""
+    mark, driver = drivers[ending]
+    said = driver.stdout.readline()
+    assert said == "up\n", driver.communicate()
+    assert len(marked(mark)) >= 6
+    if ending.startswith("SIG"):
+        driver.stdin.write("\n")
+        driver.stdin.flush()
+        time.sleep(0.5)
+        where = os.killpg if ending == "SIGINT" else os.kill  # Ctrl-C reaches the whole group
+        where(driver.pid, getattr(signal, ending))
+        out, err = driver.communicate(timeout=15)
+    else:
+        out, err = driver.communicate("\n", timeout=15)
+    ended(mark, 15)
+    expected = ENDINGS[ending]
+    assert driver.returncode != 0 if expected is None else driver.returncode == expected, err
+    assert ("down" in out) == (ending == "return")
+    if ending == "exception":
+        assert "ValueError: oh" in err

@@ -1,0 +1,57 @@
+"""Documents for tests: made on the spot, small, and recognisable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from distca.config import DataSettings
+from distca.launch.data import Corpus
+from distca.launch.prepare import prepare
+
+
+def numbered_documents(lengths: Sequence[int], first_token: int = 0) -> list[list[int]]:
+    """Token ids that count on through all documents: a token tells its document and position."""
+    ends = np.cumsum(lengths)
+    return [
+        list(range(first_token + end - length, first_token + end)) for length, end in zip(lengths, ends, strict=True)
+    ]
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> Path:
+    """A row is a value to store as JSON, or bytes to put there as they are."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
+def write_parquet(path: Path, columns: dict[str, list]) -> Path:
+    datasets.Dataset.from_dict(columns).to_parquet(str(path))
+    return path
+
+
+def data_settings(
+    cache: Path, *paths: Path | str, weights: Sequence[float] | None = None, **settings: Any
+) -> DataSettings:
+    """One source per path."""
+    sources = [{"path": str(path)} for path in paths]
+    for source, weight in zip(sources, weights or [], strict=bool(weights)):
+        source["weight"] = weight
+    return DataSettings(sources=sources, cache=cache, **settings)
+
+
+def prepared_corpus(folder: Path, *lengths: Sequence[int], **settings: Any) -> tuple[DataSettings, Corpus]:
+    """A corpus of one source per list of lengths; its tokens count on through all documents of all sources."""
+    paths, num_tokens = [], 0
+    for number, source in enumerate(lengths):
+        documents = numbered_documents(source, num_tokens)
+        paths.append(write_json_lines(folder / f"{number}.jsonl", ({"input_ids": ids} for ids in documents)))
+        num_tokens += sum(source)
+    data = data_settings(folder / "cache", *paths, **settings)
+    return data, Corpus(prepare(data, max(num_tokens, 2)))

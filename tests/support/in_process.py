@@ -1,0 +1,51 @@
+"""Trainers and attention servers in one process, joined by local links: the real exchange without processes."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from distca.masks import MaskRule
+from distca.parallel.core_attention import CoreAttention, Exchange
+from distca.parallel.link import LocalLink
+from distca.parallel.server import AttentionServer
+from distca.plan import PlanInputs, combined_digest
+from distca.planner import plan_step
+from distca.routes import routes_of
+
+
+def make_exchanges(num_ranks, pool, backend="reference"):
+    """One exchange per rank, with a link to every server of the pool; and the servers."""
+    servers = [AttentionServer(number, backend, torch.device("cpu")) for number in range(len(pool))]
+    links = [{} for _ in range(num_ranks)]
+    for rank in range(num_ranks):
+        for number, server in enumerate(servers):
+            links[rank][number], far_end = LocalLink.pair()
+            server.serve(rank, far_end)
+    return [Exchange(rank, links[rank]) for rank in range(num_ranks)], servers
+
+
+def attention_of_ranks(exchanges, inputs: PlanInputs, step=0):
+    """Announce a micro-batch and give every rank's CoreAttention."""
+    routes = {rule: routes_of(plan_step(inputs, rule)) for rule in inputs.rules}
+    digest = combined_digest([r.digest for r in routes.values()])
+    sites = []
+    for exchange in exchanges:
+        exchange.announce(step, inputs, digest)
+        sites.append(CoreAttention(exchange, step, {rule: r.of_trainer(exchange.rank) for rule, r in routes.items()}))
+    return sites
+
+
+def attend_distributed(sites, q_THD, k_TGD, v_TGD, d_out_THD, rule=MaskRule(), softcap=0.0):
+    """Every rank attends its share of the rows, forward and backward: (out, dq, dk, dv), whole."""
+    num_ranks = len(sites)
+
+    def one_rank(rank):
+        q, k, v, d_out = (x.chunk(num_ranks)[rank] for x in (q_THD, k_TGD, v_TGD, d_out_THD))
+        rows = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        out = sites[rank](*rows, rule, q.shape[-1] ** -0.5, softcap)
+        out.backward(d_out)
+        return [out.detach(), *(x.grad for x in rows)]
+
+    with ThreadPoolExecutor(num_ranks) as threads:
+        parts = list(threads.map(one_rank, range(num_ranks)))
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
