@@ -286,6 +286,21 @@ def _describe(model: type[Settings], prefix: str) -> Iterator[tuple[str, str, st
             yield prefix + name, f"{allowed} {limits}".strip(), default, " ".join((field.description or "").split())
 
 
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line as (the command's own words, overrides): overrides are `--section.key value` and top-level settings."""
+    own, overrides, rest = [], [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if not word.startswith("--") or name.partition(".")[0] not in RunSettings.model_fields:
+            own.append(word)
+            continue
+        overrides.append(word)
+        if "=" not in word and rest:
+            overrides.append(rest.pop(0))
+    return own, overrides
+
+
 def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """`--a.b 3` or `--a.b=3`, values read as YAML; dashes in names stand for underscores."""
     rest = list(arguments)

@@ -87,8 +87,8 @@ def cut(bands: Bands, q0, q1, k0, k1) -> Bands:
 
 def crop(bands: Bands, q0, q1, k0, k1) -> Bands:
     """The part of each band inside the rectangle [q0, q1) x [k0, k1), with the rectangle's own edges."""
-    q0, q1 = np.maximum(bands.q0, q0), np.minimum(bands.q1, q1)
-    return _rebase(bands, q0, q1, np.maximum(bands.k0, k0), np.minimum(bands.k1, k1))
+    q0, q1 = np.clip(q0, bands.q0, bands.q1), np.clip(q1, bands.q0, bands.q1)  # an empty part stays inside its band
+    return _rebase(bands, q0, q1, np.clip(k0, bands.k0, bands.k1), np.clip(k1, bands.k0, bands.k1))
 
 
 def tighten(bands: Bands) -> Bands:

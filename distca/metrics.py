@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,16 +131,6 @@ class StepRecord:
         """{field: value} of every number there is, for files: what is None or not finite is left out."""
         found = dataclasses.asdict(self)
         return {k: v for k, v in found.items() if v is not None and (isinstance(v, tuple) or math.isfinite(v))}
-
-
-def imbalance(load: Sequence[float], capacity: Sequence[float] | None = None) -> float:
-    """Heaviest load over mean load, both per capacity: 1 where every server's load is its fair share. 1 for no load."""
-    share = [1.0] * len(load) if capacity is None else list(capacity)
-    assert len(share) == len(load), f"{len(load)} loads, {len(share)} capacities"
-    total = sum(load)
-    if total <= 0:
-        return 1.0
-    return max(x / c for x, c in zip(load, share, strict=True) if c > 0) * sum(share) / total
 
 
 def _short(number: float) -> str:

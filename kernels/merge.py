@@ -21,10 +21,10 @@ def merge(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fold `part` (..., D) with `part_lse` (...) into `out`, `lse`; returns the new pair, changes nothing in place."""
     total = torch.logaddexp(lse, part_lse)
-    # a row that neither side attended has lse = -inf twice; subtracting would give nan, so the pivot stays finite
-    pivot = total.masked_fill(total == -torch.inf, 0.0)
-    weight, part_weight = (lse - pivot).exp(), (part_lse - pivot).exp()
-    return weight[..., None] * out + part_weight[..., None] * part, total
+    # weights from the difference, not from `total`: they sum to 1 even where lse is so large that its last bit matters;
+    # a row that neither side attended has -inf twice, whose difference would be nan
+    lead = (lse - part_lse).masked_fill(total == -torch.inf, 0.0)
+    return lead.sigmoid()[..., None] * out + (-lead).sigmoid()[..., None] * part, total
 
 
 def delta_of(out_SHD: torch.Tensor, d_out_SHD: torch.Tensor) -> torch.Tensor:

@@ -169,7 +169,7 @@ def _out_with_delta(d_out_SHD: torch.Tensor, delta_SH: torch.Tensor) -> torch.Te
     wide_SHD = d_out_SHD.to(delta_SH.dtype)
     top_SH1 = wide_SHD.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta_SH.dtype).tiny)
     unit_SHD = wide_SHD / top_SH1  # so that the squares of tiny gradients do not vanish
-    length_SH1 = torch.linalg.vector_norm(unit_SHD, dim=-1, keepdim=True).clamp_min(1.0)  # below 1 only where d_out is 0
+    length_SH1 = torch.linalg.vector_norm(unit_SHD, dim=-1, keepdim=True).clamp_min(1.0)  # 0 where d_out is 0
     return unit_SHD.mul_(delta_SH[..., None] / top_SH1 / length_SH1.square()).to(d_out_SHD.dtype)
 
 

@@ -459,9 +459,9 @@ def _print_into(log: str) -> None:
 
 
 def guard_parent() -> None:
-    """Make this process end when its parent does, even while it is stuck in native code.
+    """Make this process end when its parent does, even while it is stuck in native code or stopped.
 
-    Ray ends its workers by message, which a worker that holds the interpreter's lock may never read.
+    Ray's workers end by themselves when they find their raylet gone; the kernel does not leave that to them.
     """
     parent = os.getppid()
     if sys.platform == "linux":

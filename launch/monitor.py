@@ -15,16 +15,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from distca.config import MonitorSettings
-from distca.metrics import TAGS, StepRecord, imbalance
+from distca.metrics import TAGS, StepRecord
 
 logger = logging.getLogger(__name__)
 
 DOCUMENTS, TOKENS, ATTENTION = "#9aa5b1", "#3b76b5", "#d9722e"
+MOST_BARS = 64  # more servers are drawn as outlines: bars would be thinner than a pixel, and slow
 BEFORE, PLANNED, MEASURED = "#c3c9d0", "#3b76b5", "#d9722e"
 
 LAYOUT = {
@@ -169,26 +172,46 @@ def picture_of_load(
 ) -> np.ndarray:
     """Load per server as a multiple of its fair share, so that the highest bar is the imbalance: (height, width, 3)."""
     load = {"before": before, "planned": planned, **({} if measured is None else {"measured": measured})}
-    said = ", ".join(f"{imbalance(seconds, capacity):.2f} {name}" for name, seconds in load.items())
+    relative = {name: _over_fair_share(seconds, capacity) for name, seconds in load.items()}
+    said = ", ".join(f"{heights.max():.2f} {name}" for name, heights in relative.items())
     figure, axes = _figure(f"Attention load of step {step}; imbalance {said}")
     x = np.arange(len(planned))
-    relative = {name: _over_fair_share(seconds, capacity) for name, seconds in load.items()}
-    axes.bar(x, relative["before"], 0.84, color=BEFORE, label="before (every task at home)")
-    axes.bar(x, relative["planned"], 0.5, color=PLANNED, label="planned")
-    if measured is not None:
-        axes.hlines(relative["measured"], x - 0.34, x + 0.34, color=MEASURED, lw=3, label="measured")
+    draw = _outlines if len(x) > MOST_BARS else _bars
+    shown = draw(axes, relative)
     axes.axhline(1, color="#333333", lw=0.8, ls=(0, (4, 3)), zorder=0)
-    if names is not None and len(x) <= 16:
-        axes.set_xticks(x, names, rotation=0 if len(x) <= 8 else 45, ha="center" if len(x) <= 8 else "right")
+    if len(x) <= 16:
+        axes.set_xticks(
+            x, x if names is None else names, rotation=0 if len(x) <= 8 else 45, ha="center" if len(x) <= 8 else "right"
+        )
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    if len(x) > 16 or names is None:
         axes.set_xlabel("server")
     axes.set_xlim(-0.6, len(x) - 0.4)
     axes.set_ylim(0, 1.12 * max(1.0, *(values.max() for values in relative.values())))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.set_ylabel("load over fair share")
-    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.1))
+    axes.legend(shown, list(load), frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.1))
     return _pixels(figure)
+
+
+def _bars(axes: Axes, load: Mapping[str, np.ndarray]) -> list[Artist]:
+    x = np.arange(len(load["planned"]))
+    shown = [axes.bar(x, load["before"], 0.84, color=BEFORE), axes.bar(x, load["planned"], 0.5, color=PLANNED)]
+    if "measured" in load:
+        shown.append(axes.hlines(load["measured"], x - 0.34, x + 0.34, color=MEASURED, lw=3))
+    return shown
+
+
+def _outlines(axes: Axes, load: Mapping[str, np.ndarray]) -> list[Artist]:
+    edges = np.arange(len(load["planned"]) + 1) - 0.5
+    shown = [
+        axes.stairs(load["before"], edges, fill=True, color=BEFORE),
+        axes.stairs(load["planned"], edges, baseline=None, color=PLANNED, lw=1.6),
+    ]
+    if "measured" in load:
+        shown.append(axes.stairs(load["measured"], edges, baseline=None, color=MEASURED, lw=1.0))
+    return shown
 
 
 def _over_fair_share(seconds: Sequence[float], capacity: Sequence[float] | None) -> np.ndarray:
@@ -205,7 +228,7 @@ def _tokens(number: int) -> str:
     return str(number)
 
 
-def _figure(title: str) -> tuple[Figure, object]:
+def _figure(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 4), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11, pad=22)

@@ -33,6 +33,8 @@ class Engine:
     def __init__(self, module: torch.nn.Module, settings: RunSettings, device: torch.device):
         _quieten(device)
         train, self._settings = settings.train, settings
+        if train.precision == "fp64":
+            raise Unsupported("train.precision: fp64 is for `distca verify`; DeepSpeed trains with fp32 or bf16")
         if train.precision == "bf16" and settings.parallel.zero_stage == 0:
             # DeepSpeed's stage-0 bf16 optimizer steps once on zero gradients, which shifts Adam's bias correction by one step
             raise Unsupported("train.precision: bf16 needs parallel.zero_stage of at least 1; stage 0 trains with fp32")
@@ -49,7 +51,6 @@ class Engine:
         )
         for name, buffer in self.deepspeed.module.named_buffers():  # DeepSpeed casts buffers too; rotary frequencies must not be
             buffer.data = buffers[name].to(buffer.device)
-        self._device = device
 
     def forward(self, **batch) -> torch.Tensor:
         return self.deepspeed(**batch)
@@ -81,16 +82,36 @@ class Engine:
             gradients[name] = full.detach().to("cpu", copy=True) if full is not None else None
         return gradients
 
-    def save(self, folder: Path, client_state: dict) -> None:
+    def save(self, folder: Path) -> None:
         """Write weights, optimizer and schedule into `folder`; a collective call."""
-        self.deepspeed.save_checkpoint(str(folder), tag=TAG, client_state=client_state, save_latest=False)
+        self.deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
-    def load(self, folder: Path) -> dict:
-        """Read what `save` wrote; returns the client state. A collective call."""
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote; a collective call."""
         with _weights_only():
-            path, client_state = self.deepspeed.load_checkpoint(str(folder), tag=TAG)
+            path, _ = self.deepspeed.load_checkpoint(str(folder), tag=TAG)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
-        return client_state
+
+
+class PlainEngine:
+    """The same gradients without DeepSpeed, which knows no fp64: plain sums over trainers. Only for `verify`, it does not train."""
+
+    def __init__(self, module: torch.nn.Module, settings: RunSettings, device: torch.device):
+        self._module, self._settings = module.to(device), settings
+
+    def forward(self, **batch) -> torch.Tensor:
+        return self._module(**batch)
+
+    def backward(self, summed_loss: torch.Tensor, targets_in_step: int) -> None:
+        (summed_loss / targets_in_step).backward()
+
+    def full_gradients(self) -> dict[str, torch.Tensor]:
+        gradients = {}
+        for name, parameter in self._module.named_parameters():
+            total = parameter.grad.clone()
+            dist.all_reduce(total)
+            gradients[name] = total.cpu()
+        return gradients
 
 
 TAG = "deepspeed"
@@ -144,9 +165,3 @@ def _quieten(device: torch.device) -> None:
         # this op is compiled at first use (over a minute) and leaves 69 MB per process in /dev/shm; ZeRO does not need it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-
-def sum_over_trainers(values: list[float]) -> list[float]:
-    """Elementwise sums over all trainers, in fp64."""
-    total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.tolist()

@@ -1,4 +1,4 @@
-"""Bands say exactly which pairs they allow, however they are cut. The painter goes cell by cell; everything is held to it."""
+"""Bands say exactly which pairs they allow, however they are cut: everything is held to the painter."""
 
 import numpy as np
 import pytest
@@ -46,6 +46,8 @@ def test_cut_and_crop_keep_exactly_the_pairs_inside_the_rectangle(some, rectangl
     inside[:q0], inside[max(q0, q1) :], inside[:, :k0], inside[:, max(k0, k1) :] = 0, 0, 0, 0
     for piece in (cut(some, *rectangle), crop(some, *rectangle)):
         assert np.array_equal(count(piece, ROWS, KEYS), inside)
+        assert ((some.q0 <= piece.q0) & (piece.q0 <= piece.q1) & (piece.q1 <= some.q1)).all(), "empty pieces too"
+        assert ((some.k0 <= piece.k0) & (piece.k0 <= piece.k1) & (piece.k1 <= some.k1)).all()
 
 
 @given(bands())

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from distca.metrics import METRICS, StepRecord, imbalance
+from distca.metrics import METRICS, StepRecord
 
 FULL = StepRecord(
     step=12,
@@ -75,15 +75,6 @@ def test_scalars_hold_every_server_and_units_as_named():
     assert scalars["cad/plan_ms"] == pytest.approx(3.1)
     assert scalars["speed/tokens_per_s"] == pytest.approx(5120)
     assert "checkpoint/save_s" not in scalars
-
-
-def test_imbalance_is_heaviest_over_mean_per_capacity():
-    assert imbalance([1, 1, 1, 1]) == 1
-    assert imbalance([3, 1]) == pytest.approx(1.5)
-    assert imbalance([3, 1], [75, 25]) == pytest.approx(1)
-    assert imbalance([2, 2], [75, 25]) == pytest.approx(2)
-    assert imbalance([0, 0]) == imbalance([]) == 1
-    assert imbalance([4, 0], [1, 0]) == 1
 
 
 def test_reading_metrics_needs_no_torch():

@@ -2,6 +2,7 @@ import ctypes
 import http.client
 import ipaddress
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +11,9 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import psutil
 import pytest
 import ray
@@ -78,6 +81,17 @@ def marked(mark: str) -> list[psutil.Process]:
         except psutil.Error:  # ended meanwhile, or of another user
             continue
     return found
+
+
+def ended(mark: str, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while left := marked(mark):
+        assert time.monotonic() < deadline, [(p.pid, p.cmdline()) for p in left]
+        time.sleep(0.1)
+
+
+def environment_now() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
 
 
 def listeners(processes) -> set[tuple[str, int]]:
@@ -157,32 +171,6 @@ def test_the_folder_of_a_dead_driver_is_removed_and_that_of_a_living_one_stays(t
 # Somebody else's cluster
 
 
-@pytest.fixture(params=["open", "token"])
-def head(request, tmp_path, monkeypatch):
-    """A cluster on loopback, with or without a token; its address is in RAY_ADDRESS."""
-    mark, port, token = uuid.uuid4().hex, free_port(), tmp_path / "token"
-    token.write_text("0123456789abcdef" * 4)
-    environment = {**os.environ, MARK: mark, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    environment["RAY_AUTH_MODE"] = "disabled" if request.param == "open" else "token"
-    environment["RAY_AUTH_TOKEN_PATH"] = str(token)
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
-    command += ["--include-dashboard=false", "--num-cpus=1", f"--temp-dir=/tmp/{mark[:8]}"]
-    command += [f"--dashboard-agent-listen-port={free_port()}", "--node-ip-address=127.0.0.1"]
-    with open(tmp_path / "head.txt", "w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-    deadline = time.monotonic() + 60
-    while "runtime started" not in (tmp_path / "head.txt").read_text():
-        assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "head.txt").read_text()
-        time.sleep(0.2)
-    yield request.param, token
-    process.terminate()
-    process.wait(20)
-    for left in marked(mark):
-        left.kill()
-    subprocess.run(["rm", "-rf", f"/tmp/{mark[:8]}"], check=True)
-
-
 def test_a_cluster_that_does_not_answer_is_said_so_soon(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
     with (
@@ -193,25 +181,58 @@ def test_a_cluster_that_does_not_answer_is_said_so_soon(tmp_path, monkeypatch):
             pass
 
 
-@pytest.mark.slow
-def test_a_cluster_is_joined_with_its_token_and_refused_without(head, tmp_path, monkeypatch):
-    kind, token = head
+def test_a_cluster_that_asks_for_no_token_is_refused_before_it_is_told_anything(tmp_path, monkeypatch):
+    answer = grpc.unary_unary_rpc_method_handler(lambda request, context: b"")
+    open_to_all = grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", {"CheckAlive": answer})
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[open_to_all])
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    server.start()
+    with cluster._loopback_only(), pytest.raises(SettingsError, match="asks for no token.*--insecure"):
+        with start_ray(tmp_path, num_workers=1):
+            pass
+    server.stop(0)
+
+
+@pytest.fixture
+def head(tmp_path, monkeypatch):
+    """A cluster on loopback that asks for the token in the file; its address is in RAY_ADDRESS."""
+    mark, port, token = uuid.uuid4().hex, free_port(), tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    with cluster._environment(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN_PATH=str(token),
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+        RAY_USAGE_STATS_ENABLED="0",
+        **{MARK: mark},
+    ):
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+        command += ["--include-dashboard=false", "--num-cpus=1", f"--temp-dir=/tmp/{mark[:8]}"]
+        command += [f"--dashboard-agent-listen-port={free_port()}", "--node-ip-address=127.0.0.1"]
+        with open(tmp_path / "head.txt", "w") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output)
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     monkeypatch.setattr(cluster.ray_constants, "ENABLE_RAY_CLUSTER", False)  # or this driver looks beyond loopback
-    if kind == "open":
-        with cluster._environment(RAY_AUTH_MODE="disabled"):
-            with pytest.raises(SettingsError, match="asks for no token.*--insecure"):
-                with start_ray(tmp_path, num_workers=2):
-                    pass
-            with start_ray(tmp_path, num_workers=2, insecure=True) as joined:
-                assert not joined.own
-        return
+    deadline = time.monotonic() + 60
+    while "runtime started" not in (tmp_path / "head.txt").read_text():
+        assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "head.txt").read_text()
+        time.sleep(0.2)
+    yield token
+    process.terminate()
+    process.wait(20)
+    for left in marked(mark):
+        left.kill()
+    shutil.rmtree(f"/tmp/{mark[:8]}")
+
+
+@pytest.mark.slow
+def test_a_cluster_is_joined_with_its_token_and_not_without(head, tmp_path):
     with cluster._environment(RAY_AUTH_MODE="disabled"), pytest.raises(SettingsError, match="asks for a token"):
         with start_ray(tmp_path, num_workers=2):
             pass
-    with cluster._environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token)):
+    with cluster._environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(head)):
         with start_ray(tmp_path, num_workers=2, threads=2) as joined:
             placement = place(joined, 2, timeout_s=20, threads=2)
-            assert placement.num_cpus == 0.5  # a fair share of the one there is
+            assert not joined.own and placement.num_cpus == 0.5  # a fair share of the one there is
             worker = spawn(Echo, placement=placement, bundle=0, role="trainer")
             gather([worker.made], 60, "starting")
             assert gather([worker.call("environment", "OMP_NUM_THREADS")], 10, "looking") == [["2"]]
@@ -224,13 +245,17 @@ def test_a_cluster_is_joined_with_its_token_and_refused_without(head, tmp_path, 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
     mark = uuid.uuid4().hex
-    environment, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
     os.environ[MARK] = mark
+    environment, handler = environment_now(), signal.getsignal(signal.SIGTERM)
     with start_ray(tmp_path_factory.mktemp("run"), num_workers=4, threads=3) as own:
-        yield own, place(own, 4, timeout_s=10), mark
+        yield own, (placement := place(own, 4, timeout_s=10)), mark
+        stuck = spawn(Echo, placement=placement, bundle=3, role="server")
+        gather([stuck.made], 60, "starting")
+        stuck.call("hold_interpreter")
+        assert len(marked(mark)) >= 6
+    ended(mark, 15)
+    assert environment_now() == environment and signal.getsignal(signal.SIGTERM) == handler
     del os.environ[MARK]
-    assert dict(os.environ) == environment and signal.getsignal(signal.SIGTERM) == handler
-    assert len(marked(mark)) == 0
     with pytest.raises(ConnectionError):  # nothing left to join
         ray.init(address="auto")
 
@@ -352,7 +377,7 @@ def test_nothing_listens_beyond_loopback_and_nothing_answers_without_a_token(run
         with pytest.raises((OSError, http.client.HTTPException)) as refusal:
             urllib.request.urlopen(request, timeout=5)
         if isinstance(refusal.value, urllib.error.HTTPError):
-            assert refusal.value.code in (401, 404), refusal.value
+            assert 400 <= refusal.value.code < 500, refusal.value
 
 
 @pytest.mark.slow
@@ -368,15 +393,14 @@ def test_the_token_is_for_its_owner_alone(running):
 
 
 DRIVER = """
-import ctypes, sys, time
+import ctypes, os, signal, sys
 from distca.launch.cluster import gather, place, spawn, start_ray
 
 class Worker:
     def hold_interpreter(self):
         ctypes.PyDLL(None).sleep(1000)
-    def spin(self):
-        while True:
-            pass
+    def stop(self):
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 if __name__ == "__main__":
     ending, folder = sys.argv[1:]
@@ -385,23 +409,13 @@ if __name__ == "__main__":
         placement = place(cluster, num_workers, timeout_s=60)
         workers = [spawn(Worker, placement=placement, bundle=n, role="trainer") for n in range(num_workers)]
         gather([w.made for w in workers], 100, "starting")
-        calls = [w.call(how) for w, how in zip(workers, ["hold_interpreter", "spin"])]
+        calls = [w.call(how) for w, how in zip(workers, ["hold_interpreter", "stop"])]
         print("up", flush=True)
         sys.stdin.readline()
-        if ending == "exception":
-            raise ValueError("oh")
-        if ending != "return":
-            gather(calls, 100, "spinning")
-    print("down", flush=True)
+        gather(calls, 100, "hanging")
 """
-ENDINGS = {"return": 0, "exception": 1, "SIGINT": None, "SIGTERM": None, "SIGKILL": -signal.SIGKILL}
-
-
-def ended(mark: str, within_s: float) -> None:
-    deadline = time.monotonic() + within_s
-    while left := marked(mark):
-        assert time.monotonic() < deadline, [(p.pid, p.cmdline()) for p in left]
-        time.sleep(0.1)
+# Python raises for the first two: they stand for every exception. The end of the `running` fixture is the ordinary one.
+ENDINGS = ["SIGINT", "SIGTERM", "SIGKILL"]
 
 
 @pytest.fixture(scope="module")
@@ -427,23 +441,16 @@ def drivers(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_however_a_driver_ends_nothing_of_it_stays(drivers, ending):
-    """A worker of each holds the interpreter's lock in native code; where SIGKILL ends it, a second one spins."""
+    """A worker of each holds the interpreter's lock in native code; where SIGKILL ends it, a second one is stopped."""
     mark, driver = drivers[ending]
     said = driver.stdout.readline()
     assert said == "up\n", driver.communicate()
     assert len(marked(mark)) >= 6
-    if ending.startswith("SIG"):
-        driver.stdin.write("\n")
-        driver.stdin.flush()
-        time.sleep(0.5)
-        where = os.killpg if ending == "SIGINT" else os.kill  # Ctrl-C reaches the whole group
-        where(driver.pid, getattr(signal, ending))
-        out, err = driver.communicate(timeout=15)
-    else:
-        out, err = driver.communicate("\n", timeout=15)
+    driver.stdin.write("\n")
+    driver.stdin.flush()
+    time.sleep(0.5)
+    where = os.killpg if ending == "SIGINT" else os.kill  # Ctrl-C reaches the whole group
+    where(driver.pid, getattr(signal, ending))
+    driver.communicate(timeout=15)
     ended(mark, 15)
-    expected = ENDINGS[ending]
-    assert driver.returncode != 0 if expected is None else driver.returncode == expected, err
-    assert ("down" in out) == (ending == "return")
-    if ending == "exception":
-        assert "ValueError: oh" in err
+    assert driver.returncode != 0

@@ -1,4 +1,4 @@
-"""Which pairs does a list of bands allow? By brute force, one cell at a time: the truth for everything said about masks."""
+"""Which pairs does a list of bands allow? By brute force: the truth for everything said about masks."""
 
 import numpy as np
 

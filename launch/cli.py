@@ -1,0 +1,152 @@
+"""The command line: parse, load the run file, call one function, turn errors into a sentence and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from distca.config import describe_settings, dump_settings, load_settings, split_overrides
+from distca.errors import EXIT_OK, EXIT_OTHER, UserError
+
+# Commands import what they run only when they run: `distca --help` and `distca settings` start without torch and Ray.
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train from a run file. Any setting can be given as --section.key value; `distca settings` lists them all."""
+
+    run: tyro.conf.Positional[Path]
+    """YAML run file."""
+    insecure: bool = False
+    """Join a Ray cluster (RAY_ADDRESS) that asks for no token."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        from distca.launch.train import train
+
+        settings = load_settings(self.run, overrides)
+        console.print(dump_settings(settings), style="dim", highlight=False, markup=False)
+        _say_where(train(settings, console, self.insecure), console)
+        return EXIT_OK
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on from a run's newest checkpoint, bit for bit. --parallel.servers and other settings of the pool may change."""
+
+    folder: tyro.conf.Positional[Path]
+    """The run's folder."""
+    insecure: bool = False
+    """Join a Ray cluster (RAY_ADDRESS) that asks for no token."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        from distca.launch.train import resume
+
+        _say_where(resume(self.folder, overrides, console, self.insecure), console)
+        return EXIT_OK
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compare one distributed step (loss, every gradient) with one device, for your model, data and settings.
+
+    Exit code 0 if all agree within what the precision allows, 1 if not."""
+
+    run: tyro.conf.Positional[Path]
+    """YAML run file."""
+    insecure: bool = False
+    """Join a Ray cluster (RAY_ADDRESS) that asks for no token."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        from distca.launch.train import verify
+
+        result = verify(load_settings(self.run, overrides), console, self.insecure)
+        table = Table(title=f"gradients of {len(result.parameters)} parameters, the worst first")
+        for heading in ("parameter", "relative error", "allowed"):
+            table.add_column(heading)
+        for p in result.parameters[:8]:
+            table.add_row(p.name, f"{p.error:.2e}", f"{p.allowed:.1e}", style=None if p.passed else "bold red")
+        console.print(table)
+        console.print(
+            f"{result.num_documents} documents, {result.num_tokens:,} tokens; loss {result.loss:.12f}, on one device "
+            f"{result.reference_loss:.12f}: relative error {result.loss_error:.2e} (allowed {result.loss_allowed:.1e})",
+            highlight=False,
+        )
+        verdict = "[bold green]PASSED[/]" if result.passed else "[bold red]FAILED[/]"
+        worst = result.parameters[0]
+        console.print(f"{verdict}: worst relative gradient error {worst.error:.2e} ({worst.name})", highlight=False)
+        return EXIT_OK if result.passed else EXIT_OTHER
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a checkpoint as a Hugging Face model folder that AutoModelForCausalLM.from_pretrained loads."""
+
+    folder: tyro.conf.Positional[Path]
+    """The run's folder."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write; must not exist yet."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        from distca.launch.export import export
+
+        step = export(self.folder, self.out)
+        console.print(f"step {step} exported to {self.out}", highlight=False)
+        return EXIT_OK
+
+
+@dataclass(frozen=True)
+class ListSettings:
+    """List every setting: allowed values, default, meaning."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        for name, allowed, default, meaning in describe_settings():
+            console.print(f"[bold]{escape(name)}[/]  [dim]{escape(allowed)}, default {escape(default)}[/]", highlight=False)
+            console.print(f"    {escape(meaning)}", highlight=False)
+        return EXIT_OK
+
+
+Command = (
+    Train
+    | Resume
+    | Verify
+    | Export
+    | Annotated[ListSettings, tyro.conf.subcommand("settings")]
+)
+
+
+def main() -> None:
+    """`distca COMMAND …`; exit codes: 0 ok, 1 other, 2 bad settings, 3 bad data, 75 stopped with a checkpoint."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """One command; its exit code."""
+    console = Console(soft_wrap=True)
+    handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("distca").setLevel(logging.INFO)
+    try:
+        rest, overrides = split_overrides(arguments)
+        command = tyro.cli(Command, prog="distca", description=__doc__, args=rest)
+        return command(overrides, console)
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]distca:[/] {escape(str(error))}", highlight=False)
+        return error.exit_code
+    except KeyboardInterrupt:
+        Console(stderr=True).print("distca: stopped at once; nothing was saved after the last checkpoint")
+        return 130
+
+
+def _say_where(folder: Path, console: Console) -> None:
+    console.print(f"\n[bold green]done[/]  the run is in {folder}", highlight=False)
+    console.print(f"      curves:  {sys.executable} -m tensorboard.main --logdir {folder} --host 127.0.0.1", highlight=False)
+    console.print(f"      model:   distca export {folder} OUT", highlight=False)

@@ -1,0 +1,41 @@
+"""How does a checkpoint leave DistCA? As an ordinary Hugging Face folder: configuration, safetensors, tokenizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from distca.config import load_settings
+from distca.errors import SettingsError
+from distca.launch.prepare import load_tokenizer
+from distca.launch.publish import newest
+from distca.launch.train import CHECKPOINTS, RUN_FILE
+from distca.parallel.attach import build_model, read_config
+from distca.parallel.engine import DTYPES, full_weights
+
+
+def export(folder: Path, out: Path) -> int:
+    """Write the run's newest checkpoint to `out`, all or nothing; returns its step."""
+    if out.exists():
+        raise SettingsError(f"{out} exists already: name a folder that does not")
+    settings = load_settings(folder / RUN_FILE)
+    checkpoint = newest(folder / CHECKPOINTS)
+    m = settings.model
+    config = read_config(m.path, m.config, m.revision)
+    model = build_model(config, None, None, DTYPES[settings.train.precision], settings.seed, attention="sdpa")
+    weights = {name.removeprefix("model.", ): value for name, value in full_weights(checkpoint.path).items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
+    assert not unexpected and set(missing) <= tied, f"the checkpoint lacks {missing} and has {unexpected} too many"
+    model.tie_weights()
+
+    draft = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        model.save_pretrained(draft)
+        load_tokenizer(settings.data).save_pretrained(draft)
+        draft.rename(out)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return checkpoint.step

@@ -1,0 +1,306 @@
+"""How does a run go from a run file to a trained model?
+
+The driver's part: prepare documents, start Ray, place and join the workers, then step by step ask all trainers for one
+optimizer step, report it, and publish checkpoints. Readable top to bottom: `train` is the timetable.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from distca.config import RunSettings, dump_settings, load_settings
+from distca.errors import SettingsError, TryAgain, UserError
+from distca.launch.cluster import Worker, gather, place, rendezvous_store, spawn, start_ray
+from distca.launch.data import Corpus
+from distca.launch.monitor import Monitor
+from distca.launch.prepare import prepare
+from distca.launch.publish import Published, newest, prune, publishing
+from distca.launch.verify import Comparison
+from distca.launch.workers import DedicatedServer, Meeting, Trainer, TrainerReport, pool_of
+from distca.metrics import StepRecord
+from distca.order import Cursor
+from distca.parallel.attach import read_config
+from distca.parallel.server import ServerReport
+from distca.plan import imbalance
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE, CHECKPOINTS = "run.yaml", "checkpoints"
+
+
+def train(settings: RunSettings, console: Console, insecure: bool = False) -> Path:
+    """Run from the first step; returns the run's folder."""
+    documents = _prepare(settings, console)
+    folder = _new_folder(settings)
+    (folder / RUN_FILE).write_text(dump_settings(settings), encoding="utf-8")
+    console.print(f"[bold]run[/] {folder}")
+    _run(settings, folder, documents, None, console, insecure)
+    return folder
+
+
+def resume(folder: Path, overrides: list[str], console: Console, insecure: bool = False) -> Path:
+    """Go on from a run's newest checkpoint, in its folder; `overrides` may change the pool, the number of steps, …"""
+    settings = load_settings(folder / RUN_FILE, overrides)
+    checkpoint = newest(folder / CHECKPOINTS)
+    _refuse_other_layout(settings, checkpoint)
+    if checkpoint.step >= settings.train.steps:
+        raise SettingsError(f"{folder}: step {checkpoint.step} of {settings.train.steps} is done; ask for more: --train.steps {checkpoint.step * 2}")
+    documents = _prepare(settings, console)
+    (folder / RUN_FILE).write_text(dump_settings(settings), encoding="utf-8")
+    console.print(f"[bold]resuming[/] {folder} after step {checkpoint.step}")
+    _run(settings, folder, documents, checkpoint, console, insecure)
+    return folder
+
+
+def verify(settings: RunSettings, console: Console, insecure: bool = False) -> Comparison:
+    """One step of the run, distributed, against one device."""
+    documents = _prepare(settings, console)
+    folder = _new_folder(settings, prefix="verify-")
+    with _team(settings, folder, documents, console, insecure) as team, console.status("one step distributed, and one on one device"):
+        _ask(team.trainers, "seek", 1, Cursor(), what="reading its documents")
+        return _ask(team.trainers, "verify", what="verifying")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """All workers of a run, joined by their links."""
+
+    trainers: list[Worker]
+    servers: list[Worker]
+    names: tuple[str, ...]
+    """Of the pool's servers, in the pool's order."""
+
+
+@contextmanager
+def _team(settings: RunSettings, folder: Path, documents: tuple[Path, ...], console: Console, insecure: bool) -> Iterator[Team]:
+    """Ray, a place for every worker, workers joined by links; all gone on the way out."""
+    parallel = settings.parallel
+    num_workers, timeout_s = parallel.trainers + parallel.servers, parallel.start_timeout_s
+    gpus = _use_gpus(settings, num_workers)
+    env = {"TOKENIZERS_PARALLELISM": "false", **({} if gpus else {"DS_ACCELERATOR": "cpu"})}
+    with ExitStack() as stack:
+        with console.status("starting Ray"):
+            started = start_ray(folder, num_workers=num_workers, threads=parallel.threads, gpus=gpus, env=env, insecure=insecure)
+            cluster = stack.enter_context(started)
+            placement = place(cluster, num_workers, timeout_s=timeout_s, gpus=gpus, threads=parallel.threads)
+        with console.status(f"starting {parallel.trainers} trainers and {parallel.servers} dedicated attention servers"):
+            store, port = rendezvous_store(cluster.host, timeout_s)
+            stack.callback(lambda: store)  # the workers' meeting point lives as long as they do
+            common = (settings, Meeting(cluster.host, port), "cuda" if gpus else "cpu")
+            trainers = [
+                spawn(Trainer, rank, *common, documents, placement=placement, bundle=rank, role="trainer")
+                for rank in range(parallel.trainers)
+            ]
+            first = parallel.trainers if parallel.trainers_serve else 0
+            servers = [
+                spawn(DedicatedServer, first + n, *common, placement=placement, bundle=parallel.trainers + n, role="server", number=n)
+                for n in range(parallel.servers)
+            ]
+            gather([w.made for w in trainers + servers], timeout_s, "starting")
+            _ask(trainers + servers, "connect", what="meeting the others", timeout_s=timeout_s)
+        yield Team(trainers, servers, tuple(f"trainer {n}" for n in range(first)) + tuple(f"server {n}" for n in range(parallel.servers)))
+
+
+def _run(settings: RunSettings, folder: Path, documents: tuple[Path, ...], start: Published | None, console: Console, insecure: bool) -> None:
+    """Steps after `start` (or all), to the end of the run or until asked to stop."""
+    steps, done = settings.train.steps, start.step if start else 0
+    cursor = Cursor(*start.facts["cursor"]) if start else Cursor()
+    with _team(settings, folder, documents, console, insecure) as team, _stop_request() as stop:
+        if start:
+            _ask(team.trainers, "load", start.path, what="loading the checkpoint")
+        _ask(team.trainers, "seek", done + 1, cursor, what="reading its documents")
+        monitor = Monitor(folder, settings.monitor, first_step=done + 1)
+        try:
+            monitor.start(dump_settings(settings), _versions() | _describe(settings, team, documents, console))
+            tokens_seen, saved = done * settings.train.tokens_per_step, done
+            clock, save_s = time.perf_counter(), None
+            for step in range(done + 1, steps + 1):
+                trainers = _ask(team.trainers, "step", what=f"running step {step}")
+                servers = _ask(team.servers, "take_report", what=f"reporting step {step}")
+                tokens_seen += settings.train.tokens_per_step
+                now = time.perf_counter()
+                record = _record(settings, step, now - clock, tokens_seen, trainers, servers)
+                clock = now
+                if _is_due(settings, step) or stop.is_set():
+                    save_s = _publish(settings, folder, team, step, trainers[0], monitor)
+                    saved, record = step, replace(record, checkpoint_save_s=save_s)
+                _show(settings, step, record, team, trainers, servers, monitor, console)
+                if not np.isfinite(record.loss):
+                    raise UserError(f"the loss of step {step} is {record.loss}: the run stops here; its newest checkpoint is of step {saved}")
+                if stop.is_set() and step < steps:
+                    raise TryAgain(f"stopped as asked after step {step}, with a checkpoint; go on with: distca resume {folder}")
+        finally:
+            monitor.close()
+
+
+def _ask(workers: list[Worker], method: str, *arguments, what: str, timeout_s: float | None = None) -> list:
+    """Ask all workers the same; their answers in order, or one error in words."""
+    return gather([w.call(method, *arguments) for w in workers], timeout_s, what)
+
+
+def _is_due(settings: RunSettings, step: int) -> bool:
+    every = settings.checkpoint.every_steps
+    return step == settings.train.steps or bool(every and step % every == 0)
+
+
+def _publish(settings: RunSettings, folder: Path, team: Team, step: int, report: TrainerReport, monitor: Monitor) -> float:
+    """Publish a checkpoint and forget the oldest; the seconds that took."""
+    start = time.perf_counter()
+    facts = _layout(settings) | dict(cursor=list(report.cursor))
+    with publishing(folder / CHECKPOINTS, step, facts) as draft:
+        _ask(team.trainers, "save", draft, what=f"saving step {step}")
+    prune(folder / CHECKPOINTS, settings.checkpoint.keep)
+    monitor.event(step, f"checkpoint of step {step} published")
+    return time.perf_counter() - start
+
+
+def _layout(settings: RunSettings) -> dict:
+    """What a checkpoint's files depend on. Attention servers are not in it: any number can take over."""
+    return dict(trainers=settings.parallel.trainers, zero_stage=settings.parallel.zero_stage, precision=settings.train.precision)
+
+
+def _refuse_other_layout(settings: RunSettings, checkpoint: Published) -> None:
+    names = dict(trainers="parallel.trainers", zero_stage="parallel.zero_stage", precision="train.precision")
+    wrong = [f"{names[k]}: {checkpoint.facts[k]} (asked for {v})" for k, v in _layout(settings).items() if checkpoint.facts[k] != v]
+    if wrong:
+        raise SettingsError(f"{checkpoint.path} can only be resumed with {', '.join(wrong)}; attention servers may change freely")
+
+
+def _record(
+    settings: RunSettings, step: int, step_s: float, tokens_seen: int, trainers: list[TrainerReport], servers: list[tuple[ServerReport, float]]
+) -> StepRecord:
+    """One step's numbers from all workers' reports."""
+    first, busy_s = trainers[0], _busy_s(trainers, servers)
+    capacity = pool_of(settings).capacity
+    return StepRecord(
+        step=step,
+        num_steps=settings.train.steps,
+        loss=sum(t.summed_loss for t in trainers) / first.targets,
+        tokens=settings.train.tokens_per_step,
+        step_s=step_s,
+        tokens_seen=tokens_seen,
+        grad_norm=first.grad_norm,
+        learning_rate=first.learning_rate,
+        imbalance_before=first.plan.imbalance_before(),
+        imbalance_planned=imbalance(first.plan.load, capacity),
+        imbalance_measured=imbalance(busy_s, capacity),
+        bytes_moved=sum(t.exchange.bytes_sent + t.exchange.bytes_received for t in trainers),
+        num_tasks=first.plan.num_tasks,
+        plan_s=first.plan_s,
+        attention_s=max(busy_s),
+        wait_s=sum(t.exchange.wait_s for t in trainers) / len(trainers),
+        server_busy_s=busy_s,
+        data_wait_s=max(t.data_wait_s for t in trainers),
+        num_documents=len(first.lengths),
+        epoch=float(first.epoch),
+        trainer_rss_mib=max(t.rss_mib for t in trainers),
+        server_rss_mib=max((rss for _, rss in servers), default=None),
+    )
+
+
+def _busy_s(trainers: list[TrainerReport], servers: list[tuple[ServerReport, float]]) -> tuple[float, ...]:
+    """Seconds in kernels of each server, in the pool's order."""
+    return tuple(t.server.busy_s for t in trainers if t.server) + tuple(report.busy_s for report, _ in servers)
+
+
+def _show(settings: RunSettings, step: int, record: StepRecord, team: Team, trainers, servers, monitor: Monitor, console: Console) -> None:
+    """The step's line, its numbers for TensorBoard, and now and then its pictures."""
+    console.print(record.line(), highlight=False)
+    monitor.step(record)
+    if monitor.wants_pictures(step):
+        plan, busy_s = trainers[0].plan, _busy_s(trainers, servers)
+        seconds_per_pair = sum(busy_s) / max(1, int(plan.load.sum()))
+        home = pool_of(settings).home
+        before = [0 if rank is None else plan.load_at_home[rank] for rank in home]
+        if not any(before):  # a dedicated pool: what the trainers would have had, beside what the servers get
+            before = [0.0] * len(home)
+        monitor.documents(step, trainers[0].lengths)
+        monitor.server_load(
+            step,
+            [float(b) * seconds_per_pair for b in before],
+            [float(x) * seconds_per_pair for x in plan.load],
+            busy_s,
+            capacity=pool_of(settings).capacity,
+            names=team.names,
+        )
+
+
+def _describe(settings: RunSettings, team: Team, documents: tuple[Path, ...], console: Console) -> dict[str, str]:
+    """Say what is about to run."""
+    told = _ask(team.trainers[:1], "describe", what="describing the model")[0]
+    corpus = Corpus(documents)
+    masks = ", ".join(f"{n} layers {rule}" for rule, n in told["layers"].items())
+    facts = {
+        "model": f"{told['parameters'] / 1e6:.2f} M parameters, {masks}",
+        "documents": f"{sum(corpus.num_documents):,} with {sum(corpus.num_tokens):,} tokens from {', '.join(corpus.source_names)}",
+        "step": f"{settings.train.tokens_per_step:,} tokens = {settings.parallel.trainers} trainers x {settings.tokens_per_rank:,} x {settings.accumulation} micro-batches",
+        "attention": f"{', '.join(team.names)}; back end {settings.kernels.backend}, ZeRO stage {settings.parallel.zero_stage}, {settings.train.precision}",
+    }
+    for name, text in facts.items():
+        console.print(f"[bold]{name:10}[/] {text}", highlight=False)
+    return facts
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in ("distca", "torch", "deepspeed", "ray", "transformers")}
+
+
+def _prepare(settings: RunSettings, console: Console) -> tuple[Path, ...]:
+    m = settings.model
+    config = read_config(m.path, m.config, m.revision)
+    with console.status("preparing documents"):
+        return prepare(settings.data, config.vocab_size)
+
+
+def _new_folder(settings: RunSettings, prefix: str = "") -> Path:
+    """A folder of this run's own: name and start, and a number where that is taken."""
+    start = f"{prefix}{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for attempt in range(1, 1000):
+        folder = settings.monitor.folder.expanduser() / (start if attempt == 1 else f"{start}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise SettingsError(f"monitor.folder: cannot make {folder}: {error.strerror}") from None
+    raise SettingsError(f"{folder}: a thousand runs began in this second")
+
+
+def _use_gpus(settings: RunSettings, num_workers: int) -> bool:
+    wanted, there = settings.parallel.device, torch.cuda.device_count()
+    if wanted == "auto" and 0 < there < num_workers:
+        logger.warning("%d workers, but %d GPUs: using the CPU; for GPUs lower parallel.trainers or parallel.servers", num_workers, there)
+    return wanted == "cuda" or (wanted == "auto" and there >= num_workers)
+
+
+@contextmanager
+def _stop_request() -> Iterator[threading.Event]:
+    """Set when somebody asks the run to stop (Ctrl-C, SIGTERM): the step is finished and saved. The second time is at once."""
+    stop = threading.Event()
+
+    def ask(_signal, _frame):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        logger.warning("finishing the step and saving it; once more to stop at once")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

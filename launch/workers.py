@@ -1,0 +1,326 @@
+"""What do the two kinds of worker do? Plain classes; `distca.launch.cluster` gives each a process.
+
+A trainer holds the model's layers and its share of every micro-batch's rows; one step of it reads like the README's picture:
+the next step's documents are planned on a host thread while this one runs. An attention server only answers calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import socket
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from distca.config import RunSettings
+from distca.cost import AttentionShape
+from distca.launch.cluster import LOOPBACK, connect_store
+from distca.launch.data import Corpus, DocumentStream, Rows, num_targets
+from distca.launch.verify import Comparison, compare_with_one_device
+from distca.masks import MaskRule
+from distca.order import Cursor, Pieces
+from distca.parallel.attach import PackedCausalLM, build_model, checkpoint_activations, probe, read_config
+from distca.parallel.core_attention import CallStatistics, CoreAttention, Exchange
+from distca.parallel.engine import DTYPES, Engine, PlainEngine
+from distca.parallel.link import GroupLink, LocalLink
+from distca.parallel.server import AttentionServer, ServerReport, statistics_dtype
+from distca.plan import MILLION, PlanInputs, Pool, combined_digest, imbalance, make_pool
+from distca.planner import plan_step
+from distca.routes import TrainerRoute, routes_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where workers find each other."""
+
+    host: str
+    """Address of the driver's store; workers bind their links to this machine's address towards it."""
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSummary:
+    """A step's plans in numbers, summed over micro-batches and layers."""
+
+    load_at_home: np.ndarray  # (trainers,) int64 pairs, if every row were attended where it lives
+    load: np.ndarray  # (servers,) int64 pairs, as planned
+    num_tasks: int  # of one layer of each mask rule
+    predicted_bytes: int  # on the wire, forward and backward
+
+    def __add__(self, other: PlanSummary) -> PlanSummary:
+        return PlanSummary(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
+    def imbalance_before(self) -> float:
+        return imbalance(self.load_at_home, np.ones(len(self.load_at_home)))
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one trainer needs for a micro-batch; the plan's inputs are the same on all."""
+
+    number: int
+    pieces: Pieces
+    inputs: PlanInputs
+    digest: int
+    routes: dict[MaskRule, TrainerRoute]
+    rows: Rows
+    summary: PlanSummary
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    micro_batches: list[MicroBatch]
+    targets: int
+    cursor: Cursor
+    """Where the next step begins."""
+    plan_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerReport:
+    """One trainer's part in a step."""
+
+    summed_loss: float
+    targets: int  # of the whole step
+    grad_norm: float
+    learning_rate: float
+    cursor: tuple[int, int]
+    lengths: np.ndarray  # of all documents of the step
+    epoch: int
+    plan: PlanSummary
+    plan_s: float
+    data_wait_s: float
+    exchange: CallStatistics
+    server: ServerReport | None  # where trainers serve
+    rss_mib: float
+
+
+class DedicatedServer:
+    """A worker that only computes core attention."""
+
+    def __init__(self, number: int, settings: RunSettings, meeting: Meeting, device: str):
+        torch.set_num_threads(settings.parallel.threads)
+        self._number, self._settings, self._meeting = number, settings, meeting
+        self._device = torch.device(device)
+        self._server = AttentionServer(number, backend_of(settings), self._device)
+
+    def connect(self) -> None:
+        store = connect_store(self._meeting.host, self._meeting.port, self._settings.parallel.start_timeout_s)
+        threads = _answer_links(self._server, self._number, range(self._settings.parallel.trainers), store, self._settings, self._meeting, self._device)
+        _join(threads)
+
+    def take_report(self) -> tuple[ServerReport, float]:
+        """What it did since the last call, and its largest memory in MiB."""
+        return self._server.take_report(), _rss_mib()
+
+
+class Trainer:
+    """A worker that holds the model's layers, or its share of them under ZeRO."""
+
+    def __init__(self, rank: int, settings: RunSettings, meeting: Meeting, device: str, documents: tuple[Path, ...]):
+        torch.set_num_threads(settings.parallel.threads)
+        self._rank, self._settings, self._meeting = rank, settings, meeting
+        self._device = torch.device(device)
+        parallel, self._pool = settings.parallel, pool_of(settings)
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(parallel.trainers), LOCAL_RANK="0")  # what DeepSpeed reads
+        if meeting.host == LOOPBACK:  # Gloo would take the address that the machine's name stands for
+            os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+        self._store = connect_store(meeting.host, meeting.port, parallel.start_timeout_s)
+        backend = "nccl" if self._device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.PrefixStore("trainers", self._store), rank=rank, world_size=parallel.trainers)
+
+        m = settings.model
+        config = read_config(m.path, m.config, m.revision)
+        self._stream = DocumentStream(Corpus(documents), settings.data, settings.seed, settings.tokens_per_micro_batch)
+        self._module = PackedCausalLM(build_model(config, m.path, m.revision, DTYPES[settings.train.precision], settings.seed), settings.train.loss_chunk)
+        self._calls = probe(self._module, backend_of(settings))
+        self._rules = tuple(sorted({call.rule for call in self._calls}))
+        if m.activation_checkpointing:
+            checkpoint_activations(self._module.model)
+        self._module.train()
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="plan-ahead")
+        self._next: Future[StepBatch] | None = None
+        self._server: AttentionServer | None = None
+        self._engine: Engine | PlainEngine | None = None
+
+    def connect(self) -> None:
+        """Open the links to all servers and start the engine; every worker must be made by now."""
+        links, threads = {}, []
+        if self._rank in self._pool.home:
+            own = self._pool.home.index(self._rank)
+            self._server = AttentionServer(own, backend_of(self._settings), self._device)
+            links[own], far_end = LocalLink.pair()
+            self._server.serve(self._rank, far_end)
+            others = [rank for rank in range(self._settings.parallel.trainers) if rank != self._rank]
+            threads = _answer_links(self._server, own, others, self._store, self._settings, self._meeting, self._device)
+        for server in range(len(self._pool)):
+            if server not in links:
+                links[server] = _open_link(self._store, self._rank, server, 0, self._settings, self._meeting, self._device)
+        _join(threads)
+        self._exchange = Exchange(self._rank, links)
+        kind = PlainEngine if self._settings.train.precision == "fp64" else Engine
+        self._engine = kind(self._module, self._settings, self._device)
+
+    def load(self, folder: Path) -> None:
+        self._engine.load(folder)
+
+    def save(self, folder: Path) -> None:
+        self._engine.save(folder)
+
+    def seek(self, step: int, cursor: Cursor) -> None:
+        """The next call of `step` is step `step` (from 1), with documents from `cursor` on."""
+        self._step = step
+        self._next = self._ahead.submit(self._prepare, step, cursor)
+
+    def step(self) -> TrainerReport:
+        """One optimizer step."""
+        start = time.perf_counter()
+        batch = self._next.result()
+        data_wait_s = time.perf_counter() - start
+        self._step += 1
+        self._next = self._ahead.submit(self._prepare, self._step, batch.cursor)
+        torch.manual_seed(hash((self._settings.seed, self._step, self._rank)) % 2**63)  # random layers resume exactly
+        summed_loss = 0.0
+        for micro_batch in batch.micro_batches:
+            summed_loss += self._forward_backward(micro_batch, batch.targets)
+            self._engine.step()
+        return self._report(batch, summed_loss, data_wait_s)
+
+    def verify(self) -> Comparison | None:
+        """Gradients of one step against one device; the comparison is rank 0's."""
+        batch = self._next.result()
+        summed_loss = 0.0
+        for number, micro_batch in enumerate(batch.micro_batches):
+            summed_loss += self._forward_backward(micro_batch, batch.targets)
+            if number < len(batch.micro_batches) - 1 and isinstance(self._engine, Engine):
+                self._engine.step()
+        gradients = self._engine.full_gradients()
+        total = torch.tensor(summed_loss, dtype=torch.float64)
+        dist.all_reduce(total)
+        if self._rank:
+            return None
+        documents = [self._stream.corpus.tokens(*where) for micro in batch.micro_batches for where in _places(micro.pieces)]
+        loss = float(total) / batch.targets
+        return compare_with_one_device(self._settings, documents, loss, gradients)
+
+    def describe(self) -> dict:
+        """For the start of a run: parameters, layers and the masks they ask for."""
+        layers = {str(rule): sum(call.rule == rule for call in self._calls) for rule in self._rules}
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self._module.parameters())
+        return dict(parameters=parameters, layers=layers)
+
+    def _forward_backward(self, micro_batch: MicroBatch, targets: int) -> float:
+        self._exchange.announce(micro_batch.number, micro_batch.inputs, micro_batch.digest)
+        attention = CoreAttention(self._exchange, micro_batch.number, micro_batch.routes)
+        rows = [torch.from_numpy(x).to(self._device) for x in micro_batch.rows]
+        summed_loss = self._engine.forward(input_ids=rows[0], position_ids=rows[1], labels=rows[2], distca=attention)
+        self._engine.backward(summed_loss, targets)
+        return float(summed_loss.detach())
+
+    def _prepare(self, step: int, cursor: Cursor) -> StepBatch:
+        """Lengths, plans, routes and rows of a step, on the host thread."""
+        micro_batches, plan_s = [], 0.0
+        for number in range(self._settings.accumulation):
+            pieces, cursor = self._stream.pieces(cursor)
+            start = time.perf_counter()
+            micro_batches.append(self._plan((step - 1) * self._settings.accumulation + number, pieces))
+            plan_s += time.perf_counter() - start
+        targets = max(1, sum(num_targets(m.pieces) for m in micro_batches))
+        return StepBatch(micro_batches, targets, cursor, plan_s)
+
+    def _plan(self, number: int, pieces: Pieces) -> MicroBatch:
+        planner, trainers = self._settings.planner, self._settings.parallel.trainers
+        inputs = PlanInputs(pieces.lengths, self._rules, trainers, self._pool, round(planner.tolerance * MILLION), planner.block)
+        plans = {rule: plan_step(inputs, rule) for rule in self._rules}
+        routes = {rule: routes_of(plan) for rule, plan in plans.items()}
+        mine = next(iter(plans.values())).segments.of_rank(self._rank)
+        rows = self._stream.rows(pieces, mine.document, mine.start, mine.end)
+        load_at_home, load, moved = np.zeros(trainers, np.int64), np.zeros(len(self._pool), np.int64), 0
+        for call in self._calls:
+            plan = plans[call.rule]
+            load_at_home, load = load_at_home + plan.load_at_home(), load + plan.load()
+            moved += _shape(call, DTYPES[self._settings.train.precision]).wire_bytes(*routes[call.rule].moved_rows())
+        summary = PlanSummary(load_at_home, load, sum(len(plan.server) for plan in plans.values()), moved)
+        digest = combined_digest([r.digest for r in routes.values()])
+        return MicroBatch(number, pieces, inputs, digest, {rule: r.of_trainer(self._rank) for rule, r in routes.items()}, rows, summary)
+
+    def _report(self, batch: StepBatch, summed_loss: float, data_wait_s: float) -> TrainerReport:
+        plan = batch.micro_batches[0].summary
+        for micro_batch in batch.micro_batches[1:]:
+            plan = plan + micro_batch.summary
+        return TrainerReport(
+            summed_loss=summed_loss,
+            targets=batch.targets,
+            grad_norm=self._engine.gradient_norm(),
+            learning_rate=self._engine.learning_rate(),
+            cursor=(batch.cursor.document, batch.cursor.offset),
+            lengths=np.concatenate([m.pieces.lengths for m in batch.micro_batches]),
+            epoch=int(max(m.pieces.epoch.max() for m in batch.micro_batches)),
+            plan=plan,
+            plan_s=batch.plan_s,
+            data_wait_s=data_wait_s,
+            exchange=self._exchange.take_statistics(),
+            server=self._server.take_report() if self._server else None,
+            rss_mib=_rss_mib(),
+        )
+
+
+def backend_of(settings: RunSettings) -> str:
+    return "torch" if settings.kernels.backend == "auto" else settings.kernels.backend
+
+
+def pool_of(settings: RunSettings) -> Pool:
+    p = settings.parallel
+    return make_pool(p.trainers, p.servers, p.trainers_serve, p.trainer_capacity)
+
+
+def _shape(call, dtype: torch.dtype) -> AttentionShape:
+    return AttentionShape(call.query_heads, call.kv_heads, call.head_dim, dtype.itemsize, statistics_dtype(dtype).itemsize)
+
+
+def _places(pieces: Pieces):
+    return zip(pieces.source.tolist(), pieces.row.tolist(), pieces.start.tolist(), pieces.end.tolist(), strict=True)
+
+
+def _open_link(store, rank: int, server: int, end: int, settings: RunSettings, meeting: Meeting, device: torch.device) -> GroupLink:
+    """Our end of the link between a trainer (end 0) and a server (end 1); waits for the other end."""
+    deadline_s = settings.parallel.deadline_s if end == 0 else None
+    return GroupLink(store, f"{rank}-{server}", end, _own_address(meeting), deadline_s, device, nccl=device.type == "cuda")
+
+
+def _answer_links(server: AttentionServer, number: int, ranks, store, settings: RunSettings, meeting: Meeting, device) -> list[threading.Thread]:
+    """Meet trainers on threads, since each meeting waits for the other side; the server answers as they come."""
+
+    def meet(rank: int) -> None:
+        server.serve(rank, _open_link(store, rank, number, 1, settings, meeting, device))
+
+    threads = [threading.Thread(target=meet, args=(rank,), daemon=True) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join()
+
+
+def _own_address(meeting: Meeting) -> str:
+    """The address of this machine that the others reach: the one it uses towards the driver."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.connect((meeting.host, meeting.port))  # sends nothing
+        return s.getsockname()[0]
+
+
+def _rss_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

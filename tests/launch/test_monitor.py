@@ -1,0 +1,108 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from distca.config import MonitorSettings
+from distca.launch.monitor import LAYOUT, Monitor, picture_of_documents, picture_of_load
+from distca.metrics import METRICS, StepRecord
+
+
+def record(step: int, **more) -> StepRecord:
+    return StepRecord(step=step, num_steps=9, loss=3.0 - step, tokens=100, step_s=0.5, tokens_seen=100 * step, **more)
+
+
+def events(folder) -> EventAccumulator:
+    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "tensors": 0})
+    found.Reload()
+    return found
+
+
+def test_tensorboard_shows_scalars_pictures_texts_and_a_first_page(tmp_path):
+    monitor = Monitor(tmp_path, MonitorSettings(images_every=2))
+    monitor.start("name: demo\nseed: 0\n", {"torch": "2.13.0"})
+    for step in (1, 2, 3):
+        monitor.documents(step, [5, 700, 1])
+        monitor.server_load(step, [3, 1], [2, 2], [2.1, 1.9], names=["trainer 0", "server 0"])
+        monitor.step(record(step, server_busy_s=(0.25, 0.5), imbalance_planned=float("nan")))
+    monitor.event(3, "server 1 lost; its tasks went to server 0")
+    monitor.close()
+    seen = events(tmp_path)
+    assert [(e.step, e.value) for e in seen.Scalars("train/loss")] == [(1, 2.0), (2, 1.0), (3, 0.0)]
+    assert seen.Scalars("cad/server_busy_s/1")[0].value == 0.5
+    assert "cad/imbalance_planned" not in seen.Tags()["scalars"]
+    for tag in ("data/document_lengths", "cad/server_load"):
+        assert [image.step for image in seen.Images(tag)] == [1, 2]
+        assert seen.Images(tag)[0].width == 880
+    texts = {tag: seen.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0] for tag in (
+        "run/settings", "run/versions", "run/events"
+    )}  # fmt: skip
+    assert b"name: demo" in texts["run/settings"] and b"2.13.0" in texts["run/versions"]
+    assert b"server 1 lost" in texts["run/events"]
+    layout = layout_pb2.Layout.FromString(seen.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["DistCA"]
+    assert len(layout.category[0].chart) == len(LAYOUT["DistCA"])
+
+
+def test_the_first_page_shows_only_names_that_exist():
+    known = {m.tag for m in METRICS}
+    for chart, (_, tags) in LAYOUT["DistCA"].items():
+        assert all(tag.removesuffix("/.*") in known for tag in tags), chart
+
+
+def test_every_step_and_event_is_a_line_and_a_resumed_run_appends(tmp_path):
+    for first_step in (1, 3):
+        monitor = Monitor(tmp_path, MonitorSettings(tensorboard=False), first_step=first_step)
+        for step in (first_step, first_step + 1):
+            monitor.step(record(step, grad_norm=float("inf")))
+        monitor.event(first_step, "saved")
+        monitor.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[0]["loss"] == 2.0 and "grad_norm" not in lines[0]
+    assert [line.split("  ")[1:] for line in (tmp_path / "events.txt").read_text().splitlines()] == [
+        ["step 1", "saved"],
+        ["step 3", "saved"],
+    ]
+
+
+def test_without_tensorboard_there_are_no_event_files_and_no_import_of_it(tmp_path):
+    code = f"""
+import sys
+from distca.config import MonitorSettings
+from distca.launch.monitor import Monitor
+monitor = Monitor({str(tmp_path)!r}, MonitorSettings(tensorboard=False))
+monitor.start("a: 1", {{}})
+monitor.documents(1, [3])
+monitor.server_load(1, [1], [1])
+assert not monitor.wants_pictures(1)
+monitor.close()
+sys.exit("tensorboard" in sys.modules or "torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1], [7, 7, 7], [1, 1 << 20], list(range(1, 3000)), [0, 5]], ids=lambda x: str(x)[:20]
+)
+def test_any_documents_can_be_drawn(lengths):
+    picture = picture_of_documents(1, lengths)
+    assert picture.shape == (440, 880, 3) and picture.dtype == np.uint8 and picture.std() > 0
+
+
+@pytest.mark.parametrize("num_servers", [1, 4, 17, 300])
+def test_any_number_of_servers_can_be_drawn(num_servers):
+    random = np.random.default_rng(0)
+    before, planned, measured = random.random((3, num_servers))
+    picture = picture_of_load(1, before, planned, measured, capacity=1 + random.random(num_servers))
+    assert picture.shape == (440, 880, 3) and picture.std() > 0
+    assert picture_of_load(1, np.zeros(num_servers), np.zeros(num_servers)).std() > 0
+
+
+def test_the_same_numbers_are_the_same_picture():
+    assert np.array_equal(picture_of_load(1, [1, 2], [1, 1]), picture_of_load(1, [1, 2], [1, 1]))
