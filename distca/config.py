@@ -40,7 +40,9 @@ class ModelSettings(Settings):
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSettings:
         if (self.path is None) == (self.config is None):
-            raise ValueError("give either `path` (weights to start from) or `config` (fresh weights), not both or neither")
+            raise ValueError(
+                "give either `path` (weights to start from) or `config` (fresh weights), not both or neither"
+            )
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("`config` needs `model_type`, for example `model_type: llama`")
         return self
@@ -227,7 +229,9 @@ class RunSettings(Settings):
     @property
     def tokens_per_rank(self) -> int:
         """Tokens of one micro-batch on one trainer."""
-        return self.train.tokens_per_rank or self.train.tokens_per_step // (self.parallel.trainers * (self.train.accumulation or 1))
+        return self.train.tokens_per_rank or self.train.tokens_per_step // (
+            self.parallel.trainers * (self.train.accumulation or 1)
+        )
 
     @property
     def tokens_per_micro_batch(self) -> int:
@@ -244,7 +248,9 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSetting
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: not a YAML file: {error}") from None
     if not isinstance(values, dict):
-        raise SettingsError(f"{path}: a run file is a mapping of sections (model, data, train, …), found {type(values).__name__}")
+        raise SettingsError(
+            f"{path}: a run file is a mapping of sections (model, data, train, …), found {type(values).__name__}"
+        )
     for key, value in _parse_overrides(overrides):
         _put(values, key, value)
     return validate_settings(values, str(path))
@@ -257,7 +263,9 @@ def validate_settings(values: dict[str, Any], origin: str = "settings") -> RunSe
     except ValidationError as error:
         lines = [f"  {line}" for problem in error.errors() for line in _sentence(problem).splitlines()]
         plural = "" if error.error_count() == 1 else "s"
-        raise SettingsError("\n".join([f"{origin}: {error.error_count()} setting{plural} to correct", *lines])) from None
+        raise SettingsError(
+            "\n".join([f"{origin}: {error.error_count()} setting{plural} to correct", *lines])
+        ) from None
 
 
 def dump_settings(settings: RunSettings) -> str:

@@ -26,6 +26,9 @@ class AttentionShape:
         """Forward and backward, both ways, of serving that many query and key/value rows away from their home.
 
         Forward: q, k, v out; out, lse back. Backward: q, k, v, d_out, lse, delta out; dq, dk, dv back."""
-        query, kv = self.query_heads * self.head_dim * self.element_bytes, self.kv_heads * self.head_dim * self.element_bytes
+        query, kv = (
+            self.query_heads * self.head_dim * self.element_bytes,
+            self.kv_heads * self.head_dim * self.element_bytes,
+        )
         statistics = 3 * self.query_heads * self.statistic_bytes
         return query_rows * (5 * query + statistics) + kv_rows * 6 * kv

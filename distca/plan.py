@@ -117,7 +117,10 @@ class Plan:
         assert (held == held[0]).all(), f"ranks hold {held.tolist()} rows"
 
     def _check_cover(self) -> None:
-        wanted, got = bands_of(self.rule, self.lengths).area(), sum_by(self.document, self.bands.area(), len(self.lengths))
+        wanted, got = (
+            bands_of(self.rule, self.lengths).area(),
+            sum_by(self.document, self.bands.area(), len(self.lengths)),
+        )
         wrong = np.flatnonzero(wanted != got)
         assert len(wrong) == 0, f"document {wrong[0]}: {got[wrong[0]]} pairs planned, {wanted[wrong[0]]} exist"
         bounds = np.searchsorted(self.document, np.arange(len(self.lengths) + 1))
@@ -125,7 +128,9 @@ class Plan:
             b = self.bands[bounds[d] : bounds[d + 1]]
             q0, q1 = np.maximum(b.q0[:, None], b.q0), np.minimum(b.q1[:, None], b.q1)
             k0, k1 = np.maximum(b.k0[:, None], b.k0), np.minimum(b.k1[:, None], b.k1)
-            common = Bands(q0, q1, k0, k1, *np.broadcast_arrays(b.lo + (q0 - b.q0) - (k0 - b.k0), b.hi + (q0 - b.q0) - (k0 - b.k0)))
+            common = Bands(
+                q0, q1, k0, k1, *np.broadcast_arrays(b.lo + (q0 - b.q0) - (k0 - b.k0), b.hi + (q0 - b.q0) - (k0 - b.k0))
+            )
             shared = np.where((q1 > q0) & (k1 > k0), common.area(), 0)
             assert (np.triu(shared, 1) == 0).all(), f"document {d}: two tasks share pairs"
         s = self.segments

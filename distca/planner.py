@@ -39,7 +39,15 @@ def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
     bands = cut(pieces[piece], tiles.q0, tiles.q1, tiles.k0, tiles.k1)
     order = np.lexsort((bands.k0, bands.q0, document[piece]))
     return Plan(
-        inputs.lengths, rule, segments, inputs.pool, document[piece][order], bands[order], server[order], inputs.tolerance, inputs.block
+        inputs.lengths,
+        rule,
+        segments,
+        inputs.pool,
+        document[piece][order],
+        bands[order],
+        server[order],
+        inputs.tolerance,
+        inputs.block,
     )
 
 

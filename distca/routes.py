@@ -129,7 +129,12 @@ def _ship(plan: Plan, start: np.ndarray, end: np.ndarray) -> tuple[Shipments, np
     # which span holds each task's range: spans are sorted by (server, document, start), so search one combined key
     stride = int(plan.lengths.max(initial=0)) + 1
     place = lambda s, d, x: (s * len(plan.lengths) + d) * stride + x  # noqa: E731
-    span = np.searchsorted(place(span_server, span_document, span_start), place(plan.server, plan.document, start), side="right") - 1
+    span = (
+        np.searchsorted(
+            place(span_server, span_document, span_start), place(plan.server, plan.document, start), side="right"
+        )
+        - 1
+    )
     base = span_row[span] + start - span_start[span] if len(span) else np.zeros(0, np.int64)
 
     # each span crosses one or more home segments of its document, which are consecutive when sorted by (document, start)

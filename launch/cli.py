@@ -109,18 +109,14 @@ class ListSettings:
 
     def __call__(self, overrides: list[str], console: Console) -> int:
         for name, allowed, default, meaning in describe_settings():
-            console.print(f"[bold]{escape(name)}[/]  [dim]{escape(allowed)}, default {escape(default)}[/]", highlight=False)
+            console.print(
+                f"[bold]{escape(name)}[/]  [dim]{escape(allowed)}, default {escape(default)}[/]", highlight=False
+            )
             console.print(f"    {escape(meaning)}", highlight=False)
         return EXIT_OK
 
 
-Command = (
-    Train
-    | Resume
-    | Verify
-    | Export
-    | Annotated[ListSettings, tyro.conf.subcommand("settings")]
-)
+Command = Train | Resume | Verify | Export | Annotated[ListSettings, tyro.conf.subcommand("settings")]
 
 
 def main() -> None:
@@ -148,5 +144,7 @@ def run(arguments: list[str]) -> int:
 
 def _say_where(folder: Path, console: Console) -> None:
     console.print(f"\n[bold green]done[/]  the run is in {folder}", highlight=False)
-    console.print(f"      curves:  {sys.executable} -m tensorboard.main --logdir {folder} --host 127.0.0.1", highlight=False)
+    console.print(
+        f"      curves:  {sys.executable} -m tensorboard.main --logdir {folder} --host 127.0.0.1", highlight=False
+    )
     console.print(f"      model:   distca export {folder} OUT", highlight=False)

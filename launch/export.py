@@ -24,9 +24,16 @@ def export(folder: Path, out: Path) -> int:
     m = settings.model
     config = read_config(m.path, m.config, m.revision)
     model = build_model(config, None, None, DTYPES[settings.train.precision], settings.seed, attention="sdpa")
-    weights = {name.removeprefix("model.", ): value for name, value in full_weights(checkpoint.path).items()}
+    weights = {
+        name.removeprefix(
+            "model.",
+        ): value
+        for name, value in full_weights(checkpoint.path).items()
+    }
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
+        name for name, _ in model.named_parameters()
+    }
     assert not unexpected and set(missing) <= tied, f"the checkpoint lacks {missing} and has {unexpected} too many"
     model.tie_weights()
 

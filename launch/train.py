@@ -57,7 +57,9 @@ def resume(folder: Path, overrides: list[str], console: Console, insecure: bool 
     checkpoint = newest(folder / CHECKPOINTS)
     _refuse_other_layout(settings, checkpoint)
     if checkpoint.step >= settings.train.steps:
-        raise SettingsError(f"{folder}: step {checkpoint.step} of {settings.train.steps} is done; ask for more: --train.steps {checkpoint.step * 2}")
+        raise SettingsError(
+            f"{folder}: step {checkpoint.step} of {settings.train.steps} is done; ask for more: --train.steps {checkpoint.step * 2}"
+        )
     documents = _prepare(settings, console)
     (folder / RUN_FILE).write_text(dump_settings(settings), encoding="utf-8")
     console.print(f"[bold]resuming[/] {folder} after step {checkpoint.step}")
@@ -69,7 +71,10 @@ def verify(settings: RunSettings, console: Console, insecure: bool = False) -> C
     """One step of the run, distributed, against one device."""
     documents = _prepare(settings, console)
     folder = _new_folder(settings, prefix="verify-")
-    with _team(settings, folder, documents, console, insecure) as team, console.status("one step distributed, and one on one device"):
+    with (
+        _team(settings, folder, documents, console, insecure) as team,
+        console.status("one step distributed, and one on one device"),
+    ):
         _ask(team.trainers, "seek", 1, Cursor(), what="reading its documents")
         return _ask(team.trainers, "verify", what="verifying")[0]
 
@@ -85,18 +90,21 @@ class Team:
 
 
 @contextmanager
-def _team(settings: RunSettings, folder: Path, documents: tuple[Path, ...], console: Console, insecure: bool) -> Iterator[Team]:
+def _team(
+    settings: RunSettings, folder: Path, documents: tuple[Path, ...], console: Console, insecure: bool
+) -> Iterator[Team]:
     """Ray, a place for every worker, workers joined by links; all gone on the way out."""
     parallel = settings.parallel
     num_workers, timeout_s = parallel.trainers + parallel.servers, parallel.start_timeout_s
     gpus = _use_gpus(settings, num_workers)
-    env = {"TOKENIZERS_PARALLELISM": "false", **({} if gpus else {"DS_ACCELERATOR": "cpu"})}
     with ExitStack() as stack:
         with console.status("starting Ray"):
-            started = start_ray(folder, num_workers=num_workers, threads=parallel.threads, gpus=gpus, env=env, insecure=insecure)
+            started = start_ray(folder, num_workers=num_workers, threads=parallel.threads, gpus=gpus, insecure=insecure)
             cluster = stack.enter_context(started)
             placement = place(cluster, num_workers, timeout_s=timeout_s, gpus=gpus, threads=parallel.threads)
-        with console.status(f"starting {parallel.trainers} trainers and {parallel.servers} dedicated attention servers"):
+        with console.status(
+            f"starting {parallel.trainers} trainers and {parallel.servers} dedicated attention servers"
+        ):
             store, port = rendezvous_store(cluster.host, timeout_s)
             stack.callback(lambda: store)  # the workers' meeting point lives as long as they do
             common = (settings, Meeting(cluster.host, port), "cuda" if gpus else "cpu")
@@ -106,15 +114,34 @@ def _team(settings: RunSettings, folder: Path, documents: tuple[Path, ...], cons
             ]
             first = parallel.trainers if parallel.trainers_serve else 0
             servers = [
-                spawn(DedicatedServer, first + n, *common, placement=placement, bundle=parallel.trainers + n, role="server", number=n)
+                spawn(
+                    DedicatedServer,
+                    first + n,
+                    *common,
+                    placement=placement,
+                    bundle=parallel.trainers + n,
+                    role="server",
+                    number=n,
+                )
                 for n in range(parallel.servers)
             ]
             gather([w.made for w in trainers + servers], timeout_s, "starting")
             _ask(trainers + servers, "connect", what="meeting the others", timeout_s=timeout_s)
-        yield Team(trainers, servers, tuple(f"trainer {n}" for n in range(first)) + tuple(f"server {n}" for n in range(parallel.servers)))
+        yield Team(
+            trainers,
+            servers,
+            tuple(f"trainer {n}" for n in range(first)) + tuple(f"server {n}" for n in range(parallel.servers)),
+        )
 
 
-def _run(settings: RunSettings, folder: Path, documents: tuple[Path, ...], start: Published | None, console: Console, insecure: bool) -> None:
+def _run(
+    settings: RunSettings,
+    folder: Path,
+    documents: tuple[Path, ...],
+    start: Published | None,
+    console: Console,
+    insecure: bool,
+) -> None:
     """Steps after `start` (or all), to the end of the run or until asked to stop."""
     steps, done = settings.train.steps, start.step if start else 0
     cursor = Cursor(*start.facts["cursor"]) if start else Cursor()
@@ -139,9 +166,13 @@ def _run(settings: RunSettings, folder: Path, documents: tuple[Path, ...], start
                     saved, record = step, replace(record, checkpoint_save_s=save_s)
                 _show(settings, step, record, team, trainers, servers, monitor, console)
                 if not np.isfinite(record.loss):
-                    raise UserError(f"the loss of step {step} is {record.loss}: the run stops here; its newest checkpoint is of step {saved}")
+                    raise UserError(
+                        f"the loss of step {step} is {record.loss}: the run stops here; its newest checkpoint is of step {saved}"
+                    )
                 if stop.is_set() and step < steps:
-                    raise TryAgain(f"stopped as asked after step {step}, with a checkpoint; go on with: distca resume {folder}")
+                    raise TryAgain(
+                        f"stopped as asked after step {step}, with a checkpoint; go on with: distca resume {folder}"
+                    )
         finally:
             monitor.close()
 
@@ -156,7 +187,9 @@ def _is_due(settings: RunSettings, step: int) -> bool:
     return step == settings.train.steps or bool(every and step % every == 0)
 
 
-def _publish(settings: RunSettings, folder: Path, team: Team, step: int, report: TrainerReport, monitor: Monitor) -> float:
+def _publish(
+    settings: RunSettings, folder: Path, team: Team, step: int, report: TrainerReport, monitor: Monitor
+) -> float:
     """Publish a checkpoint and forget the oldest; the seconds that took."""
     start = time.perf_counter()
     facts = _layout(settings) | dict(cursor=list(report.cursor))
@@ -169,18 +202,31 @@ def _publish(settings: RunSettings, folder: Path, team: Team, step: int, report:
 
 def _layout(settings: RunSettings) -> dict:
     """What a checkpoint's files depend on. Attention servers are not in it: any number can take over."""
-    return dict(trainers=settings.parallel.trainers, zero_stage=settings.parallel.zero_stage, precision=settings.train.precision)
+    return dict(
+        trainers=settings.parallel.trainers, zero_stage=settings.parallel.zero_stage, precision=settings.train.precision
+    )
 
 
 def _refuse_other_layout(settings: RunSettings, checkpoint: Published) -> None:
     names = dict(trainers="parallel.trainers", zero_stage="parallel.zero_stage", precision="train.precision")
-    wrong = [f"{names[k]}: {checkpoint.facts[k]} (asked for {v})" for k, v in _layout(settings).items() if checkpoint.facts[k] != v]
+    wrong = [
+        f"{names[k]}: {checkpoint.facts[k]} (asked for {v})"
+        for k, v in _layout(settings).items()
+        if checkpoint.facts[k] != v
+    ]
     if wrong:
-        raise SettingsError(f"{checkpoint.path} can only be resumed with {', '.join(wrong)}; attention servers may change freely")
+        raise SettingsError(
+            f"{checkpoint.path} can only be resumed with {', '.join(wrong)}; attention servers may change freely"
+        )
 
 
 def _record(
-    settings: RunSettings, step: int, step_s: float, tokens_seen: int, trainers: list[TrainerReport], servers: list[tuple[ServerReport, float]]
+    settings: RunSettings,
+    step: int,
+    step_s: float,
+    tokens_seen: int,
+    trainers: list[TrainerReport],
+    servers: list[tuple[ServerReport, float]],
 ) -> StepRecord:
     """One step's numbers from all workers' reports."""
     first, busy_s = trainers[0], _busy_s(trainers, servers)
@@ -216,7 +262,16 @@ def _busy_s(trainers: list[TrainerReport], servers: list[tuple[ServerReport, flo
     return tuple(t.server.busy_s for t in trainers if t.server) + tuple(report.busy_s for report, _ in servers)
 
 
-def _show(settings: RunSettings, step: int, record: StepRecord, team: Team, trainers, servers, monitor: Monitor, console: Console) -> None:
+def _show(
+    settings: RunSettings,
+    step: int,
+    record: StepRecord,
+    team: Team,
+    trainers,
+    servers,
+    monitor: Monitor,
+    console: Console,
+) -> None:
     """The step's line, its numbers for TensorBoard, and now and then its pictures."""
     console.print(record.line(), highlight=False)
     monitor.step(record)
@@ -255,7 +310,9 @@ def _describe(settings: RunSettings, team: Team, documents: tuple[Path, ...], co
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: version(name) for name in ("distca", "torch", "deepspeed", "ray", "transformers")}
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("distca", "torch", "deepspeed", "ray", "transformers")
+    }
 
 
 def _prepare(settings: RunSettings, console: Console) -> tuple[Path, ...]:
@@ -283,7 +340,11 @@ def _new_folder(settings: RunSettings, prefix: str = "") -> Path:
 def _use_gpus(settings: RunSettings, num_workers: int) -> bool:
     wanted, there = settings.parallel.device, torch.cuda.device_count()
     if wanted == "auto" and 0 < there < num_workers:
-        logger.warning("%d workers, but %d GPUs: using the CPU; for GPUs lower parallel.trainers or parallel.servers", num_workers, there)
+        logger.warning(
+            "%d workers, but %d GPUs: using the CPU; for GPUs lower parallel.trainers or parallel.servers",
+            num_workers,
+            there,
+        )
     return wanted == "cuda" or (wanted == "auto" and there >= num_workers)
 
 

@@ -22,7 +22,9 @@ from distca.parallel.engine import DTYPES
 TOLERANCES = {"fp64": 1e-10, "fp32": 1e-5}
 BF16_FACTOR = 2.0
 BF16_FLOOR = 1e-3  # below this both runs are noise
-NEGLIGIBLE = 1e-7  # a parameter whose true gradient is zero (a key bias) has no relative error: it is held to the whole gradient
+NEGLIGIBLE = (
+    1e-7  # a parameter whose true gradient is zero (a key bias) has no relative error: it is held to the whole gradient
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,8 @@ def compare_with_one_device(
     else:
         loss_allowed, allowed = TOLERANCES[precision], dict.fromkeys(reference, TOLERANCES[precision])
     parameters = [
-        ParameterError(name, _error(gradients.get(f"model.{name}"), g, whole), allowed[name]) for name, g in reference.items()
+        ParameterError(name, _error(gradients.get(f"model.{name}"), g, whole), allowed[name])
+        for name, g in reference.items()
     ]
     parameters.sort(key=lambda p: p.error / p.allowed if p.error == p.error else float("inf"), reverse=True)
     return Comparison(loss, reference_loss, loss_allowed, tuple(parameters), len(documents), sum(map(len, documents)))

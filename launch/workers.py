@@ -116,7 +116,15 @@ class DedicatedServer:
 
     def connect(self) -> None:
         store = connect_store(self._meeting.host, self._meeting.port, self._settings.parallel.start_timeout_s)
-        threads = _answer_links(self._server, self._number, range(self._settings.parallel.trainers), store, self._settings, self._meeting, self._device)
+        threads = _answer_links(
+            self._server,
+            self._number,
+            range(self._settings.parallel.trainers),
+            store,
+            self._settings,
+            self._meeting,
+            self._device,
+        )
         _join(threads)
 
     def take_report(self) -> tuple[ServerReport, float]:
@@ -137,12 +145,17 @@ class Trainer:
             os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
         self._store = connect_store(meeting.host, meeting.port, parallel.start_timeout_s)
         backend = "nccl" if self._device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.PrefixStore("trainers", self._store), rank=rank, world_size=parallel.trainers)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("trainers", self._store), rank=rank, world_size=parallel.trainers
+        )
 
         m = settings.model
         config = read_config(m.path, m.config, m.revision)
         self._stream = DocumentStream(Corpus(documents), settings.data, settings.seed, settings.tokens_per_micro_batch)
-        self._module = PackedCausalLM(build_model(config, m.path, m.revision, DTYPES[settings.train.precision], settings.seed), settings.train.loss_chunk)
+        self._module = PackedCausalLM(
+            build_model(config, m.path, m.revision, DTYPES[settings.train.precision], settings.seed),
+            settings.train.loss_chunk,
+        )
         self._calls = probe(self._module, backend_of(settings))
         self._rules = tuple(sorted({call.rule for call in self._calls}))
         if m.activation_checkpointing:
@@ -165,7 +178,9 @@ class Trainer:
             threads = _answer_links(self._server, own, others, self._store, self._settings, self._meeting, self._device)
         for server in range(len(self._pool)):
             if server not in links:
-                links[server] = _open_link(self._store, self._rank, server, 0, self._settings, self._meeting, self._device)
+                links[server] = _open_link(
+                    self._store, self._rank, server, 0, self._settings, self._meeting, self._device
+                )
         _join(threads)
         self._exchange = Exchange(self._rank, links)
         kind = PlainEngine if self._settings.train.precision == "fp64" else Engine
@@ -209,7 +224,9 @@ class Trainer:
         dist.all_reduce(total)
         if self._rank:
             return None
-        documents = [self._stream.corpus.tokens(*where) for micro in batch.micro_batches for where in _places(micro.pieces)]
+        documents = [
+            self._stream.corpus.tokens(*where) for micro in batch.micro_batches for where in _places(micro.pieces)
+        ]
         loss = float(total) / batch.targets
         return compare_with_one_device(self._settings, documents, loss, gradients)
 
@@ -240,7 +257,9 @@ class Trainer:
 
     def _plan(self, number: int, pieces: Pieces) -> MicroBatch:
         planner, trainers = self._settings.planner, self._settings.parallel.trainers
-        inputs = PlanInputs(pieces.lengths, self._rules, trainers, self._pool, round(planner.tolerance * MILLION), planner.block)
+        inputs = PlanInputs(
+            pieces.lengths, self._rules, trainers, self._pool, round(planner.tolerance * MILLION), planner.block
+        )
         plans = {rule: plan_step(inputs, rule) for rule in self._rules}
         routes = {rule: routes_of(plan) for rule, plan in plans.items()}
         mine = next(iter(plans.values())).segments.of_rank(self._rank)
@@ -252,7 +271,15 @@ class Trainer:
             moved += _shape(call, DTYPES[self._settings.train.precision]).wire_bytes(*routes[call.rule].moved_rows())
         summary = PlanSummary(load_at_home, load, sum(len(plan.server) for plan in plans.values()), moved)
         digest = combined_digest([r.digest for r in routes.values()])
-        return MicroBatch(number, pieces, inputs, digest, {rule: r.of_trainer(self._rank) for rule, r in routes.items()}, rows, summary)
+        return MicroBatch(
+            number,
+            pieces,
+            inputs,
+            digest,
+            {rule: r.of_trainer(self._rank) for rule, r in routes.items()},
+            rows,
+            summary,
+        )
 
     def _report(self, batch: StepBatch, summed_loss: float, data_wait_s: float) -> TrainerReport:
         plan = batch.micro_batches[0].summary
@@ -285,20 +312,28 @@ def pool_of(settings: RunSettings) -> Pool:
 
 
 def _shape(call, dtype: torch.dtype) -> AttentionShape:
-    return AttentionShape(call.query_heads, call.kv_heads, call.head_dim, dtype.itemsize, statistics_dtype(dtype).itemsize)
+    return AttentionShape(
+        call.query_heads, call.kv_heads, call.head_dim, dtype.itemsize, statistics_dtype(dtype).itemsize
+    )
 
 
 def _places(pieces: Pieces):
     return zip(pieces.source.tolist(), pieces.row.tolist(), pieces.start.tolist(), pieces.end.tolist(), strict=True)
 
 
-def _open_link(store, rank: int, server: int, end: int, settings: RunSettings, meeting: Meeting, device: torch.device) -> GroupLink:
+def _open_link(
+    store, rank: int, server: int, end: int, settings: RunSettings, meeting: Meeting, device: torch.device
+) -> GroupLink:
     """Our end of the link between a trainer (end 0) and a server (end 1); waits for the other end."""
     deadline_s = settings.parallel.deadline_s if end == 0 else None
-    return GroupLink(store, f"{rank}-{server}", end, _own_address(meeting), deadline_s, device, nccl=device.type == "cuda")
+    return GroupLink(
+        store, f"{rank}-{server}", end, _own_address(meeting), deadline_s, device, nccl=device.type == "cuda"
+    )
 
 
-def _answer_links(server: AttentionServer, number: int, ranks, store, settings: RunSettings, meeting: Meeting, device) -> list[threading.Thread]:
+def _answer_links(
+    server: AttentionServer, number: int, ranks, store, settings: RunSettings, meeting: Meeting, device
+) -> list[threading.Thread]:
     """Meet trainers on threads, since each meeting waits for the other side; the server answers as they come."""
 
     def meet(rank: int) -> None:

@@ -15,8 +15,16 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from distca.errors import SettingsError, Unsupported
 from distca.kernels.attention import attend
@@ -28,26 +36,48 @@ NAME = "distca"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2")
 """Model types held to the dense reference by the tests. A new one is a word here and a row in their table."""
 
-IGNORED_KEYWORDS = {"position_ids", "use_cache", "is_causal", "cache_position", "output_attentions", "output_hidden_states", "return_dict"}
+IGNORED_KEYWORDS = {
+    "position_ids",
+    "use_cache",
+    "is_causal",
+    "cache_position",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
 PROBE_LENGTHS = (9, 14)
 
 
-def distca_attention(module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, sliding_window=None, softcap=None, **others):
+def distca_attention(
+    module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, sliding_window=None, softcap=None, **others
+):
     """Transformers' attention interface: (1, H, T, D), (1, G, T, D) twice -> (1, T, H, D), None."""
     core_attention = others.pop("distca", None)
     if core_attention is None:
-        raise Unsupported("attn_implementation='distca' needs the keyword distca=CoreAttention(...) in the model's call; for generation use 'sdpa'")
+        raise Unsupported(
+            "attn_implementation='distca' needs the keyword distca=CoreAttention(...) in the model's call; for generation use 'sdpa'"
+        )
     if attention_mask is not None:
-        raise Unsupported("padding masks are not supported: pack documents without padding and leave attention_mask out")
+        raise Unsupported(
+            "padding masks are not supported: pack documents without padding and leave attention_mask out"
+        )
     if dropout:
-        raise Unsupported(f"dropout of {dropout} in attention is not supported: set attention_dropout: 0.0 in the model's configuration")
+        raise Unsupported(
+            f"dropout of {dropout} in attention is not supported: set attention_dropout: 0.0 in the model's configuration"
+        )
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise Unsupported(f"one packed row of documents is expected, got queries {tuple(query.shape)} and keys {tuple(key.shape)}")
+        raise Unsupported(
+            f"one packed row of documents is expected, got queries {tuple(query.shape)} and keys {tuple(key.shape)}"
+        )
     if value.shape[-1] != query.shape[-1]:
-        raise Unsupported(f"value heads of size {value.shape[-1]} beside query heads of size {query.shape[-1]} are not supported (MLA)")
+        raise Unsupported(
+            f"value heads of size {value.shape[-1]} beside query heads of size {query.shape[-1]} are not supported (MLA)"
+        )
     unknown = {name for name, value in others.items() if value is not None} - IGNORED_KEYWORDS
     if unknown:
-        raise Unsupported(f"{type(module).__name__} asks for {', '.join(sorted(unknown))}, which DistCA does not compute")
+        raise Unsupported(
+            f"{type(module).__name__} asks for {', '.join(sorted(unknown))}, which DistCA does not compute"
+        )
     q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out_THD = core_attention(q_THD, k_TGD, v_TGD, MaskRule(sliding_window or 0), float(scale), float(softcap or 0.0))
@@ -82,7 +112,9 @@ class PackedCausalLM(torch.nn.Module):
         super().__init__()
         self.model, self.loss_chunk = model, loss_chunk
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor, distca: Callable) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor, distca: Callable
+    ) -> torch.Tensor:
         """(T,) token ids, positions and next tokens (-100: none) -> sum of cross entropies, fp32 (fp64 for an fp64 model).
 
         Logits exist for `loss_chunk` rows at a time, forward and backward."""
@@ -94,7 +126,9 @@ class PackedCausalLM(torch.nn.Module):
 
     def hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, distca: Callable) -> torch.Tensor:
         """(T, hidden size): what the language-model head reads."""
-        out = self.model.base_model(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, distca=distca)
+        out = self.model.base_model(
+            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, distca=distca
+        )
         return out.last_hidden_state[0]
 
     def _loss(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -113,7 +147,7 @@ def read_config(path: str | None, config: dict | None, revision: str | None = No
             found = AutoConfig.for_model(**config)
         else:
             found = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
         raise SettingsError(f"model: no configuration from {path or config}: {_first_line(error)}") from None
     refuse_config(found)
     return found
@@ -122,19 +156,33 @@ def read_config(path: str | None, config: dict | None, revision: str | None = No
 def refuse_config(config: PretrainedConfig) -> None:
     """Raise Unsupported for a configuration that would train to something else than a single device does."""
     if config.model_type not in FAMILIES:
-        raise Unsupported(f"model type {config.model_type!r} has not been proved exact; these have: {', '.join(FAMILIES)}")
+        raise Unsupported(
+            f"model type {config.model_type!r} has not been proved exact; these have: {', '.join(FAMILIES)}"
+        )
     if getattr(config, "attention_dropout", 0.0):
-        raise Unsupported(f"attention_dropout = {config.attention_dropout} is not supported: set it to 0.0 in the model's configuration")
+        raise Unsupported(
+            f"attention_dropout = {config.attention_dropout} is not supported: set it to 0.0 in the model's configuration"
+        )
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         raise Unsupported("bidirectional attention is not supported: only causal language models can be trained")
     rope = getattr(config, "rope_parameters", None) or {}
-    for kind in {rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))} & {"dynamic", "longrope"}:
+    for kind in {rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))} & {
+        "dynamic",
+        "longrope",
+    }:
         raise Unsupported(
             f"rope_type {kind!r} changes with the longest position that a rank sees, so ranks would disagree: use 'default', 'linear', 'yarn' or 'llama3'"
         )
 
 
-def build_model(config: PretrainedConfig, path: str | None, revision: str | None, dtype: torch.dtype, seed: int, attention: str = NAME):
+def build_model(
+    config: PretrainedConfig,
+    path: str | None,
+    revision: str | None,
+    dtype: torch.dtype,
+    seed: int,
+    attention: str = NAME,
+):
     """The model with its weights, on the CPU: loaded, or fresh (the same for the same seed, whatever the dtype)."""
     if path is not None:
         return AutoModelForCausalLM.from_pretrained(
@@ -168,7 +216,9 @@ class ProbeAttention:
 
     def __call__(self, q_THD, k_TGD, v_TGD, rule: MaskRule, scale: float, softcap: float = 0.0) -> torch.Tensor:
         self.calls.append(AttentionCall(rule, scale, softcap, q_THD.shape[1], k_TGD.shape[1], q_THD.shape[2]))
-        out_THD, _ = attend(q_THD, k_TGD, v_TGD, packed(rule, self.lengths), scale=scale, softcap=softcap, backend=self.backend)
+        out_THD, _ = attend(
+            q_THD, k_TGD, v_TGD, packed(rule, self.lengths), scale=scale, softcap=softcap, backend=self.backend
+        )
         return out_THD
 
 
@@ -193,11 +243,15 @@ def probe(model: PackedCausalLM, backend: str) -> list[AttentionCall]:
     model.train(was_training)
     name = model.model.config.model_type
     if len(run.calls) != layers:
-        raise Unsupported(f"{name}: {layers} layers made {len(run.calls)} attention calls; only models whose every layer is attention can be trained")
+        raise Unsupported(
+            f"{name}: {layers} layers made {len(run.calls)} attention calls; only models whose every layer is attention can be trained"
+        )
     if not torch.equal(before[first:], after[first:]):
         raise Unsupported(f"{name}: changing one document changes the next one in the pack; this model mixes documents")
     if torch.equal(before[:first], after[:first]):
-        raise Unsupported(f"{name}: changing a document's tokens does not change its output; the model does not read them")
+        raise Unsupported(
+            f"{name}: changing a document's tokens does not change its output; the model does not read them"
+        )
     return run.calls
 
 

@@ -20,7 +20,19 @@ import torch
 
 from distca.kernels.merge import delta_of, merge
 from distca.masks import MaskRule
-from distca.parallel.link import BACKWARD, DTYPE_CODES, DTYPES, FAILURE, FORWARD, PLAN, REPLY, Header, Link, LinkError, unpack
+from distca.parallel.link import (
+    BACKWARD,
+    DTYPE_CODES,
+    DTYPES,
+    FAILURE,
+    FORWARD,
+    PLAN,
+    REPLY,
+    Header,
+    Link,
+    LinkError,
+    unpack,
+)
 from distca.parallel.server import reply_shapes, statistics_dtype
 from distca.plan import PlanInputs
 from distca.routes import TrainerRoute
@@ -81,7 +93,9 @@ class Exchange:
             if reply.kind == FAILURE:
                 raise LinkError(bytes(payload[: reply.dtype].cpu().numpy()).decode())
             if (reply.kind, reply.step, reply.call) != (REPLY, header.step, header.call):
-                raise LinkError(f"rank {self.rank} waits for call {header.call} of micro-batch {header.step}, server {at.server} answers {reply}")
+                raise LinkError(
+                    f"rank {self.rank} waits for call {header.call} of micro-batch {header.step}, server {at.server} answers {reply}"
+                )
             yield at, unpack(payload, reply_shapes(header, len(at.q_rows), len(at.kv_rows)))
 
     def _wait_message(self, server: int):
@@ -120,7 +134,17 @@ class CoreAttention:
     def send_forward(self, q, k, v, call: int, window: int, scale: float, softcap: float) -> None:
         route = self.routes[MaskRule(window)]
         header = Header(
-            FORWARD, self.step, call, route.digest, window, q.shape[1], k.shape[1], q.shape[2], DTYPE_CODES[q.dtype], scale, softcap
+            FORWARD,
+            self.step,
+            call,
+            route.digest,
+            window,
+            q.shape[1],
+            k.shape[1],
+            q.shape[2],
+            DTYPE_CODES[q.dtype],
+            scale,
+            softcap,
         )
         self._pending[call] = header
         self.exchange.dispatch(route, header, [q, k, v], (False, True, True))
@@ -141,7 +165,9 @@ class CoreAttention:
     def send_backward(self, q, k, v, out, lse, d_out, call: int) -> None:
         header = self._pending[call] = replace(self._pending[call], kind=BACKWARD)
         rows = [q, k, v, lse, delta_of(out, d_out), d_out]
-        self.exchange.dispatch(self.routes[MaskRule(header.window)], header, rows, (False, True, True, False, False, False))
+        self.exchange.dispatch(
+            self.routes[MaskRule(header.window)], header, rows, (False, True, True, False, False, False)
+        )
 
     def wait_backward(self, q_shape: torch.Size, k_shape: torch.Size, device: torch.device, call: int):
         header = self._pending.pop(call)
@@ -160,7 +186,14 @@ _sites: weakref.WeakValueDictionary[int, CoreAttention] = weakref.WeakValueDicti
 
 @torch.library.custom_op("distca::begin", mutates_args=())
 def begin(
-    q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, site: int, call: int, window: int, scale: float, softcap: float
+    q_THD: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    site: int,
+    call: int,
+    window: int,
+    scale: float,
+    softcap: float,
 ) -> torch.Tensor:
     """Send a call's rows; returns a token (1,) that stands for the answer on its way."""
     _sites[site].send_forward(q_THD, k_TGD, v_TGD, call, window, scale, softcap)

@@ -10,10 +10,15 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
+
+os.environ.setdefault(
+    "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
+)  # left to itself, DeepSpeed guesses aloud
+
+import deepspeed
+import deepspeed.ops
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_grad
@@ -47,9 +52,16 @@ class Engine:
         )
         schedule = get_scheduler(train.schedule.name, optimizer, train.schedule.warmup_steps, train.steps)
         self.deepspeed, self._optimizer, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, lr_scheduler=schedule, dist_init_required=False, config=_deepspeed_config(settings)
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            dist_init_required=False,
+            config=_deepspeed_config(settings),
         )
-        for name, buffer in self.deepspeed.module.named_buffers():  # DeepSpeed casts buffers too; rotary frequencies must not be
+        for (
+            name,
+            buffer,
+        ) in self.deepspeed.module.named_buffers():  # DeepSpeed casts buffers too; rotary frequencies must not be
             buffer.data = buffers[name].to(buffer.device)
 
     def forward(self, **batch) -> torch.Tensor:
@@ -164,4 +176,3 @@ def _quieten(device: torch.device) -> None:
     if device.type == "cpu":
         # this op is compiled at first use (over a minute) and leaves 69 MB per process in /dev/shm; ZeRO does not need it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-

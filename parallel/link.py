@@ -72,7 +72,9 @@ class Header:
     def unpack(data: torch.Tensor) -> Header:
         magic, *words = HEADER.unpack(data.numpy().tobytes())
         if magic != MAGIC:
-            raise LinkError("a message begins with something that is not a DistCA header: both ends must run the same version")
+            raise LinkError(
+                "a message begins with something that is not a DistCA header: both ends must run the same version"
+            )
         return Header(*words)
 
 
@@ -127,12 +129,23 @@ class GroupLink:
     Only the end with a finite deadline gives up on its peer; a server waits for work for ever, and learns of a trainer's death
     because the connection breaks."""
 
-    def __init__(self, store: dist.Store, name: str, end: int, address: str, deadline_s: float | None, device: torch.device, nccl: bool = False):
+    def __init__(
+        self,
+        store: dist.Store,
+        name: str,
+        end: int,
+        address: str,
+        deadline_s: float | None,
+        device: torch.device,
+        nccl: bool = False,
+    ):
         self._peer, self._device, self._nccl = 1 - end, device, nccl
         self.name, self.bytes_sent, self.bytes_received = name, 0, 0
         self._timeout = timedelta(seconds=deadline_s) if deadline_s else FOREVER
         self._headers = _gloo(dist.PrefixStore(f"link/{name}", store), end, address, self._timeout)
-        self._payloads = _nccl(dist.PrefixStore(f"link/{name}/nccl", store), end, self._timeout) if nccl else self._headers
+        self._payloads = (
+            _nccl(dist.PrefixStore(f"link/{name}/nccl", store), end, self._timeout) if nccl else self._headers
+        )
         self._in_flight: deque[tuple[list, tuple]] = deque()
 
     def send(self, header: Header, tensors: Sequence[torch.Tensor] = ()) -> None:

@@ -67,7 +67,9 @@ class AttentionServer:
     def serve(self, rank: int, link: Link) -> None:
         """Answer `rank` over `link`, on a thread of its own, until the link ends."""
         self._links[rank] = link
-        threading.Thread(target=self._listen, args=(rank, link), name=f"link-{rank}-{self._number}", daemon=True).start()
+        threading.Thread(
+            target=self._listen, args=(rank, link), name=f"link-{rank}-{self._number}", daemon=True
+        ).start()
 
     def take_report(self) -> ServerReport:
         """What happened since the last call of this method."""
@@ -135,7 +137,9 @@ class AttentionServer:
     def _compute(self, route: ServerRoute, parts: dict[int, tuple[Header, torch.Tensor]]) -> None:
         header = next(iter(parts.values()))[0]
         for rank, (other, _) in parts.items():
-            same = replace(other, digest=route.digest, payload_bytes=0, checksum=0) == replace(header, payload_bytes=0, checksum=0)
+            same = replace(other, digest=route.digest, payload_bytes=0, checksum=0) == replace(
+                header, payload_bytes=0, checksum=0
+            )
             assert same and other.digest == route.digest, f"trainer {rank} follows another plan or calls another layer"
         rows = self._assemble(route, header, parts)
         start = time.perf_counter()
@@ -151,7 +155,9 @@ class AttentionServer:
         for at in route.links:
             self._links[at.rank].send(replace(header, kind=REPLY), self._results_for(at, header.kind, results))
 
-    def _assemble(self, route: ServerRoute, header: Header, parts: dict[int, tuple[Header, torch.Tensor]]) -> list[torch.Tensor]:
+    def _assemble(
+        self, route: ServerRoute, header: Header, parts: dict[int, tuple[Header, torch.Tensor]]
+    ) -> list[torch.Tensor]:
         """Every trainer's rows in their places: q, k, v, and for backward lse, delta, d_out."""
         row_shapes = request_shapes(header, route.num_q_rows, route.num_kv_rows)
         rows = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in row_shapes]
@@ -197,4 +203,3 @@ def reply_shapes(header: Header, num_q: int, num_kv: int) -> list[tuple[tuple[in
     q_SHD, k_CGD, *_ = request_shapes(header, num_q, num_kv)
     lse_SH = ((num_q, header.query_heads), statistics_dtype(DTYPES[header.dtype]))
     return [q_SHD, lse_SH] if header.kind == FORWARD else [q_SHD, k_CGD, k_CGD]
-

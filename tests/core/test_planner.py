@@ -27,7 +27,11 @@ pools = st.sampled_from(
         Pool((100, 7, 35), (None, None, 0)),
     ]
 )
-lengths_lists = st.lists(st.one_of(st.integers(0, 3), st.sampled_from([127, 128, 129, 698, 4096]), st.integers(1, 2000)), min_size=1, max_size=12)
+lengths_lists = st.lists(
+    st.one_of(st.integers(0, 3), st.sampled_from([127, 128, 129, 698, 4096]), st.integers(1, 2000)),
+    min_size=1,
+    max_size=12,
+)
 
 
 def inputs_for(lengths, num_ranks, pool, window=0, tolerance=20_000, block=128):
@@ -35,7 +39,14 @@ def inputs_for(lengths, num_ranks, pool, window=0, tolerance=20_000, block=128):
 
 
 @settings(max_examples=150, deadline=None)
-@given(lengths_lists, st.integers(1, 4), pools, st.sampled_from([0, 1, 100, 4096]), st.sampled_from([0, 20_000, 100_000]), st.sampled_from([16, 128]))
+@given(
+    lengths_lists,
+    st.integers(1, 4),
+    pools,
+    st.sampled_from([0, 1, 100, 4096]),
+    st.sampled_from([0, 20_000, 100_000]),
+    st.sampled_from([16, 128]),
+)
 def test_a_plan_keeps_its_promises(lengths, extra_ranks, pool, window, tolerance, block):
     num_ranks = max([extra_ranks, *(h + 1 for h in pool.home if h is not None)])
     inputs = inputs_for(lengths, num_ranks, pool, window, tolerance, block)
@@ -53,7 +64,9 @@ def test_every_task_finds_its_rows_at_its_server(lengths, pool, window):
     plan = plan_step(inputs, inputs.rules[0])
     routes = routes_of(plan)
     offsets = np.cumsum(inputs.lengths) - inputs.lengths
-    home = [np.full(int(inputs.lengths.sum()) // num_ranks, -1) for _ in range(num_ranks)]  # the token each home row holds
+    home = [
+        np.full(int(inputs.lengths.sum()) // num_ranks, -1) for _ in range(num_ranks)
+    ]  # the token each home row holds
     s = plan.segments
     for d, a, b, rank, row in zip(s.document, s.start, s.end, s.rank, s.row, strict=True):
         home[rank][row : row + b - a] = offsets[d] + np.arange(a, b)
@@ -77,7 +90,11 @@ def test_every_task_finds_its_rows_at_its_server(lengths, pool, window):
             assert (t.lo[i], t.hi[i]) == (b.lo[c], b.hi[c])
 
 
-@pytest.mark.parametrize("pool", [make_pool(8, 0, True), make_pool(8, 5, False), make_pool(8, 4, True, 50)], ids=["in place", "dedicated", "mixed"])
+@pytest.mark.parametrize(
+    "pool",
+    [make_pool(8, 0, True), make_pool(8, 5, False), make_pool(8, 4, True, 50)],
+    ids=["in place", "dedicated", "mixed"],
+)
 def test_one_long_document_is_shared_within_the_tolerance(pool):
     lengths = np.array([100_000, 4_000, 20_000, 7_072], np.int64)
     inputs = PlanInputs(lengths, (MaskRule(),), 8, pool, 20_000, 128)

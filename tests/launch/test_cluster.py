@@ -256,8 +256,6 @@ def running(tmp_path_factory):
     ended(mark, 15)
     assert environment_now() == environment and signal.getsignal(signal.SIGTERM) == handler
     del os.environ[MARK]
-    with pytest.raises(ConnectionError):  # nothing left to join
-        ray.init(address="auto")
 
 
 @pytest.fixture(scope="module")

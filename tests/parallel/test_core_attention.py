@@ -24,7 +24,12 @@ LENGTHS = {"one document spans all ranks": [600], "odd": [1, 7, 127, 129, 333, 3
 
 def random_rows(tokens, heads, kv_heads, head_dim, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
-    shapes = [(tokens, heads, head_dim), (tokens, kv_heads, head_dim), (tokens, kv_heads, head_dim), (tokens, heads, head_dim)]
+    shapes = [
+        (tokens, heads, head_dim),
+        (tokens, kv_heads, head_dim),
+        (tokens, kv_heads, head_dim),
+        (tokens, heads, head_dim),
+    ]
     return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes]
 
 
@@ -80,7 +85,10 @@ def test_the_same_plan_gives_the_same_bits():
     lengths, pool = [400, 200], make_pool(3, 2, True)
     q, k, v, d_out = random_rows(600, 4, 2, 16, torch.float32)
     inputs = PlanInputs(np.array(lengths), (MaskRule(),), 3, pool, 0, 16)
-    runs = [attend_distributed(attention_of_ranks(make_exchanges(3, pool, "torch")[0], inputs), q, k, v, d_out) for _ in range(3)]
+    runs = [
+        attend_distributed(attention_of_ranks(make_exchanges(3, pool, "torch")[0], inputs), q, k, v, d_out)
+        for _ in range(3)
+    ]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 

@@ -1,0 +1,91 @@
+"""A distributed step equals one device, loss and every gradient, for every pool, model family, precision and ZeRO stage.
+
+Real trainers and servers, one process each, over Gloo; the reference is the stock Transformers model on each document alone."""
+
+import pytest
+from team import Team, make_settings
+
+pytestmark = pytest.mark.slow
+
+AWKWARD = [1, 7, 127, 129, 698, 6, 2, 190, 40]  # 1200 tokens, for 1, 2 and 3 trainers
+LLAMA_7_HEADS = dict(hidden_size=56, num_attention_heads=7, num_key_value_heads=7)
+GEMMA = dict(hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=8, sliding_window=100)
+FAMILIES = {
+    "llama, 7 heads": LLAMA_7_HEADS,
+    "llama, tied embeddings": dict(tie_word_embeddings=True),
+    "qwen2, biases": dict(model_type="qwen2"),
+    "qwen2, window": dict(model_type="qwen2", use_sliding_window=True, sliding_window=60, max_window_layers=1),
+    "qwen3": dict(model_type="qwen3"),
+    "mistral, window": dict(model_type="mistral", sliding_window=100),
+    "gemma3, window": dict(model_type="gemma3_text", layer_types=["sliding_attention", "full_attention"], **GEMMA),
+    "phi3": dict(model_type="phi3", pad_token_id=0),
+    "olmo2": dict(model_type="olmo2"),
+}
+
+
+def verify(tmp_path, lengths, model=None, **sections):
+    settings = make_settings(tmp_path, lengths, model, **sections)
+    with Team(settings) as team:
+        return team.verify()
+
+
+def assert_passed(result, num_parameters_at_least=20):
+    worst = result.parameters[0]
+    assert result.passed, f"loss off by {result.loss_error:.2e}, {worst.name} by {worst.error:.2e}, allowed {worst.allowed:.0e}"
+    assert len(result.parameters) >= num_parameters_at_least
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("servers", [0, 1, 2, 3])
+@pytest.mark.parametrize("trainers_serve", [True, False], ids=["trainers serve", "dedicated"])
+@pytest.mark.parametrize("trainers", [1, 2, 3])
+def test_every_pool(tmp_path, trainers, trainers_serve, servers, precision):
+    if not servers and not trainers_serve:
+        pytest.skip("nobody would serve: refused, see test_config.py")
+    parallel = dict(trainers=trainers, servers=servers, trainers_serve=trainers_serve)
+    assert_passed(verify(tmp_path, AWKWARD, parallel=parallel, train=dict(precision=precision)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("trainers_serve", [True, False])
+def test_one_document_that_spans_all_trainers(tmp_path, trainers_serve, precision):
+    parallel = dict(trainers=3, servers=2, trainers_serve=trainers_serve)
+    assert_passed(verify(tmp_path, [1500], parallel=parallel, train=dict(precision=precision)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(tmp_path, family, precision):
+    parallel = dict(trainers=2, servers=1, trainers_serve=True)
+    assert_passed(verify(tmp_path, AWKWARD, FAMILIES[family], parallel=parallel, train=dict(precision=precision)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_gemma2_with_soft_caps_through_the_reference_back_end(tmp_path, precision):
+    model = dict(model_type="gemma2", attn_logit_softcapping=5.0, final_logit_softcapping=3.0, **GEMMA)
+    sections = dict(parallel=dict(trainers=2, servers=2, trainers_serve=False), kernels=dict(backend="reference"))
+    assert_passed(verify(tmp_path, AWKWARD, model, train=dict(precision=precision), **sections))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_every_zero_stage(tmp_path, zero_stage, accumulation):
+    parallel = dict(trainers=2, servers=1, trainers_serve=False, zero_stage=zero_stage)
+    assert_passed(verify(tmp_path, AWKWARD, parallel=parallel, train=dict(accumulation=accumulation)))
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bf16_is_at_most_twice_as_far_off_as_plain_bf16(tmp_path, zero_stage):
+    parallel = dict(trainers=2, servers=2, trainers_serve=False, zero_stage=zero_stage)
+    assert_passed(verify(tmp_path, AWKWARD, parallel=parallel, train=dict(precision="bf16")))
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_activation_checkpointing(tmp_path, zero_stage):
+    parallel = dict(trainers=2, servers=1, trainers_serve=True, zero_stage=zero_stage)
+    settings = make_settings(tmp_path, AWKWARD, parallel=parallel)
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update={"activation_checkpointing": True})})
+    with Team(settings) as team:
+        assert_passed(team.verify())
+        (report, _rss) = team.ask(team.servers, "take_report")[0]
+    assert report.calls == 4, "two layers, forward and backward: attention is not repeated"
