@@ -10,7 +10,6 @@ import logging
 import os
 import resource
 import socket
-import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch.distributed as dist
 
 from distca.config import RunSettings
 from distca.cost import AttentionShape
+from distca.kernels.merge import statistics_dtype
 from distca.launch.cluster import LOOPBACK, connect_store
 from distca.launch.data import Corpus, DocumentStream, Rows, num_targets
 from distca.launch.verify import Comparison, compare_with_one_device
@@ -31,7 +31,7 @@ from distca.parallel.attach import PackedCausalLM, build_model, checkpoint_activ
 from distca.parallel.core_attention import CallStatistics, CoreAttention, Exchange
 from distca.parallel.engine import DTYPES, Engine, PlainEngine
 from distca.parallel.link import GroupLink, LocalLink
-from distca.parallel.server import AttentionServer, ServerReport, statistics_dtype
+from distca.parallel.server import AttentionServer, ServerReport
 from distca.plan import MILLION, PlanInputs, Pool, combined_digest, imbalance, make_pool
 from distca.planner import plan_step
 from distca.routes import TrainerRoute, routes_of
@@ -116,16 +116,9 @@ class DedicatedServer:
 
     def connect(self) -> None:
         store = connect_store(self._meeting.host, self._meeting.port, self._settings.parallel.start_timeout_s)
-        threads = _answer_links(
-            self._server,
-            self._number,
-            range(self._settings.parallel.trainers),
-            store,
-            self._settings,
-            self._meeting,
-            self._device,
-        )
-        _join(threads)
+        for rank, server in meetings(self._settings):
+            if server == self._number:
+                self._server.serve(rank, _open_link(store, rank, server, 1, self._settings, self._meeting, self._device))
 
     def take_report(self) -> tuple[ServerReport, float]:
         """What it did since the last call, and its largest memory in MiB."""
@@ -168,20 +161,21 @@ class Trainer:
 
     def connect(self) -> None:
         """Open the links to all servers and start the engine; every worker must be made by now."""
-        links, threads = {}, []
-        if self._rank in self._pool.home:
-            own = self._pool.home.index(self._rank)
+        links, home = {}, self._pool.home
+        if self._rank in home:
+            own = home.index(self._rank)
             self._server = AttentionServer(own, backend_of(self._settings), self._device)
             links[own], far_end = LocalLink.pair()
             self._server.serve(self._rank, far_end)
-            others = [rank for rank in range(self._settings.parallel.trainers) if rank != self._rank]
-            threads = _answer_links(self._server, own, others, self._store, self._settings, self._meeting, self._device)
-        for server in range(len(self._pool)):
-            if server not in links:
-                links[server] = _open_link(
-                    self._store, self._rank, server, 0, self._settings, self._meeting, self._device
-                )
-        _join(threads)
+        for rank, server in meetings(self._settings):
+            end = 0 if rank == self._rank else 1 if home[server] == self._rank else None
+            if end is None:
+                continue
+            link = _open_link(self._store, rank, server, end, self._settings, self._meeting, self._device)
+            if end == 0:
+                links[server] = link
+            else:
+                self._server.serve(rank, link)
         self._exchange = Exchange(self._rank, links)
         kind = PlainEngine if self._settings.train.precision == "fp64" else Engine
         self._engine = kind(self._module, self._settings, self._device)
@@ -311,6 +305,17 @@ def pool_of(settings: RunSettings) -> Pool:
     return make_pool(p.trainers, p.servers, p.trainers_serve, p.trainer_capacity)
 
 
+def meetings(settings: RunSettings) -> list[tuple[int, int]]:
+    """(trainer, server) of every link between processes, in the order in which all workers open them.
+
+    Opening a link waits for the other side, with all threads of the process. One order for all cannot end in a circle,
+    and going round like a tournament lets different pairs meet at the same time."""
+    trainers, pool = settings.parallel.trainers, pool_of(settings)
+    pairs = [(rank, server) for rank in range(trainers) for server in range(len(pool)) if pool.home[server] != rank]
+    rounds = max(trainers, len(pool))
+    return sorted(pairs, key=lambda pair: ((pair[0] + pair[1]) % rounds, pair))
+
+
 def _shape(call, dtype: torch.dtype) -> AttentionShape:
     return AttentionShape(
         call.query_heads, call.kv_heads, call.head_dim, dtype.itemsize, statistics_dtype(dtype).itemsize
@@ -329,25 +334,6 @@ def _open_link(
     return GroupLink(
         store, f"{rank}-{server}", end, _own_address(meeting), deadline_s, device, nccl=device.type == "cuda"
     )
-
-
-def _answer_links(
-    server: AttentionServer, number: int, ranks, store, settings: RunSettings, meeting: Meeting, device
-) -> list[threading.Thread]:
-    """Meet trainers on threads, since each meeting waits for the other side; the server answers as they come."""
-
-    def meet(rank: int) -> None:
-        server.serve(rank, _open_link(store, rank, number, 1, settings, meeting, device))
-
-    threads = [threading.Thread(target=meet, args=(rank,), daemon=True) for rank in ranks]
-    for thread in threads:
-        thread.start()
-    return threads
-
-
-def _join(threads: list[threading.Thread]) -> None:
-    for thread in threads:
-        thread.join()
 
 
 def _own_address(meeting: Meeting) -> str:

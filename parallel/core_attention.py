@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from distca.kernels.merge import delta_of, merge
+from distca.kernels.merge import delta_of, merge, statistics_dtype
 from distca.masks import MaskRule
 from distca.parallel.link import (
     BACKWARD,
@@ -33,7 +33,7 @@ from distca.parallel.link import (
     LinkError,
     unpack,
 )
-from distca.parallel.server import reply_shapes, statistics_dtype
+from distca.parallel.server import reply_shapes
 from distca.plan import PlanInputs
 from distca.routes import TrainerRoute
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from distca.kernels.attention import attend, attend_backward
+from distca.kernels.merge import statistics_dtype
 from distca.parallel.link import BACKWARD, DTYPES, FAILURE, FORWARD, PLAN, REPLY, STOP, Header, Link, LinkError, unpack
 from distca.plan import PlanInputs, combined_digest
 from distca.planner import plan_step
@@ -44,11 +45,6 @@ class ServerReport:
     """(query, key) pairs attended, forward and backward calls counted alike."""
     bytes_received: int = 0
     bytes_sent: int = 0
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of LSE and delta: fp32, or fp64 for fp64 rows."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class AttentionServer:
