@@ -94,11 +94,15 @@ class Monitor:
         measured: Sequence[float] | None = None,
         *,
         capacity: Sequence[float] | None = None,
+        capacity_before: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
     ) -> None:
-        """Seconds per server: predicted if no task moved, predicted as planned, and busy by the servers' clocks."""
+        """Seconds per worker: predicted if no task moved, predicted as planned, and busy by the servers' clocks.
+
+        Capacity 0 is for workers that take no part: dedicated servers before planning, trainers that do not serve."""
         if self.wants_pictures(step):
-            picture = picture_of_load(step, before, planned, measured, capacity=capacity, names=names)
+            capacities = dict(capacity=capacity, capacity_before=capacity_before)
+            picture = picture_of_load(step, before, planned, measured, **capacities, names=names)
             self._writer.add_image("cad/server_load", picture, step, dataformats="HWC")
 
     def event(self, step: int, text: str) -> None:
@@ -168,11 +172,13 @@ def picture_of_load(
     measured: Sequence[float] | None = None,
     *,
     capacity: Sequence[float] | None = None,
+    capacity_before: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Load per server as a multiple of its fair share, so that the highest bar is the imbalance: (height, width, 3)."""
+    """Load per worker as a multiple of its fair share, so that the highest bar is the imbalance: (height, width, 3)."""
     load = {"before": before, "planned": planned, **({} if measured is None else {"measured": measured})}
-    relative = {name: _over_fair_share(seconds, capacity) for name, seconds in load.items()}
+    shares = {"before": capacity if capacity_before is None else capacity_before}
+    relative = {name: _over_fair_share(seconds, shares.get(name, capacity)) for name, seconds in load.items()}
     said = ", ".join(f"{heights.max():.2f} {name}" for name, heights in relative.items())
     figure, axes = _figure(f"Attention load of step {step}; imbalance {said}")
     x = np.arange(len(planned))
@@ -218,7 +224,9 @@ def _over_fair_share(seconds: Sequence[float], capacity: Sequence[float] | None)
     values = np.asarray(seconds, dtype=float)
     share = np.ones(len(values)) if capacity is None else np.asarray(capacity, dtype=float)
     total = values.sum()
-    return values / (total * share / share.sum()) if total > 0 else values
+    if total <= 0:
+        return values
+    return np.divide(values, total * share / share.sum(), out=np.zeros_like(values), where=share > 0)
 
 
 def _tokens(number: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import shutil
 import signal
 import threading
 import time
@@ -29,7 +30,7 @@ from distca.launch.monitor import Monitor
 from distca.launch.prepare import prepare
 from distca.launch.publish import Published, newest, prune, publishing
 from distca.launch.verify import Comparison
-from distca.launch.workers import DedicatedServer, Meeting, Trainer, TrainerReport, pool_of
+from distca.launch.workers import DedicatedServer, Meeting, PlanSummary, Trainer, TrainerReport, pool_of
 from distca.metrics import StepRecord
 from distca.order import Cursor
 from distca.parallel.attach import read_config
@@ -76,7 +77,9 @@ def verify(settings: RunSettings, console: Console, insecure: bool = False) -> C
         console.status("one step distributed, and one on one device"),
     ):
         _ask(team.trainers, "seek", 1, Cursor(), what="reading its documents")
-        return _ask(team.trainers, "verify", what="verifying")[0]
+        result = _ask(team.trainers, "verify", what="verifying")[0]
+    shutil.rmtree(folder)  # nothing but logs, of use only after a failure
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +88,6 @@ class Team:
 
     trainers: list[Worker]
     servers: list[Worker]
-    names: tuple[str, ...]
-    """Of the pool's servers, in the pool's order."""
 
 
 @contextmanager
@@ -127,11 +128,7 @@ def _team(
             ]
             gather([w.made for w in trainers + servers], timeout_s, "starting")
             _ask(trainers + servers, "connect", what="meeting the others", timeout_s=timeout_s)
-        yield Team(
-            trainers,
-            servers,
-            tuple(f"trainer {n}" for n in range(first)) + tuple(f"server {n}" for n in range(parallel.servers)),
-        )
+        yield Team(trainers, servers)
 
 
 def _run(
@@ -152,23 +149,23 @@ def _run(
         monitor = Monitor(folder, settings.monitor, first_step=done + 1)
         try:
             monitor.start(dump_settings(settings), _versions() | _describe(settings, team, documents, console))
+            reporter = _Reporter(settings, team, monitor, console)
             tokens_seen, saved = done * settings.train.tokens_per_step, done
-            clock, save_s = time.perf_counter(), None
             for step in range(done + 1, steps + 1):
+                clock = time.perf_counter()
                 trainers = _ask(team.trainers, "step", what=f"running step {step}")
                 servers = _ask(team.servers, "take_report", what=f"reporting step {step}")
                 tokens_seen += settings.train.tokens_per_step
-                now = time.perf_counter()
-                record = _record(settings, step, now - clock, tokens_seen, trainers, servers)
-                clock = now
+                record = _record(settings, step, time.perf_counter() - clock, tokens_seen, trainers, servers)
+                if not np.isfinite(record.loss):
+                    raise UserError(
+                        f"the loss of step {step} is {record.loss}: the run stops here; its newest checkpoint is of step "
+                        f"{saved}. Try a lower train.optimizer.learning_rate or a longer train.schedule.warmup_steps"
+                    )
                 if _is_due(settings, step) or stop.is_set():
                     save_s = _publish(settings, folder, team, step, trainers[0], monitor)
                     saved, record = step, replace(record, checkpoint_save_s=save_s)
-                _show(settings, step, record, team, trainers, servers, monitor, console)
-                if not np.isfinite(record.loss):
-                    raise UserError(
-                        f"the loss of step {step} is {record.loss}: the run stops here; its newest checkpoint is of step {saved}"
-                    )
+                reporter.show(record, trainers)
                 if stop.is_set() and step < steps:
                     raise TryAgain(
                         f"stopped as asked after step {step}, with a checkpoint; go on with: distca resume {folder}"
@@ -262,34 +259,38 @@ def _busy_s(trainers: list[TrainerReport], servers: list[tuple[ServerReport, flo
     return tuple(t.server.busy_s for t in trainers if t.server) + tuple(report.busy_s for report, _ in servers)
 
 
-def _show(
-    settings: RunSettings,
-    step: int,
-    record: StepRecord,
-    team: Team,
-    trainers,
-    servers,
-    monitor: Monitor,
-    console: Console,
-) -> None:
-    """The step's line, its numbers for TensorBoard, and now and then its pictures."""
-    console.print(record.line(), highlight=False)
-    monitor.step(record)
-    if monitor.wants_pictures(step):
-        plan, busy_s = trainers[0].plan, _busy_s(trainers, servers)
-        seconds_per_pair = sum(busy_s) / max(1, int(plan.load.sum()))
-        home = pool_of(settings).home
-        before = [0 if rank is None else plan.load_at_home[rank] for rank in home]
-        if not any(before):  # a dedicated pool: what the trainers would have had, beside what the servers get
-            before = [0.0] * len(home)
-        monitor.documents(step, trainers[0].lengths)
-        monitor.server_load(
-            step,
-            [float(b) * seconds_per_pair for b in before],
-            [float(x) * seconds_per_pair for x in plan.load],
+class _Reporter:
+    """What people see of the steps: a line each, TensorBoard's numbers, and now and then pictures."""
+
+    def __init__(self, settings: RunSettings, team: Team, monitor: Monitor, console: Console):
+        self._pool, self._team, self._monitor, self._console = pool_of(settings), team, monitor, console
+        self._lengths: list[np.ndarray] = []  # of the documents since the last picture
+
+    def show(self, record: StepRecord, trainers: list[TrainerReport]) -> None:
+        self._console.print(record.line(), highlight=False)
+        self._monitor.step(record)
+        self._lengths.append(trainers[0].lengths)
+        if self._monitor.wants_pictures(record.step):
+            self._monitor.documents(record.step, np.concatenate(self._lengths))
+            self._lengths.clear()
+            self._show_load(record, trainers[0].plan)
+
+    def _show_load(self, record: StepRecord, plan: PlanSummary) -> None:
+        """A bar per worker, trainers first: before planning they would do all the work, after it the pool does."""
+        workers = self._team.trainers + self._team.servers
+        in_pool = np.zeros((3, len(workers)))
+        in_pool[:, len(workers) - len(self._pool) :] = plan.load, record.server_busy_s, self._pool.capacity
+        planned, busy_s, capacity = in_pool
+        at_home = np.append(plan.load_at_home, np.zeros(len(self._team.servers)))
+        seconds_per_pair = busy_s.sum() / max(1.0, planned.sum())
+        self._monitor.server_load(
+            record.step,
+            at_home * seconds_per_pair,
+            planned * seconds_per_pair,
             busy_s,
-            capacity=pool_of(settings).capacity,
-            names=team.names,
+            capacity=capacity,
+            capacity_before=np.append(np.ones(len(self._team.trainers)), np.zeros(len(self._team.servers))),
+            names=[str(worker) for worker in workers],
         )
 
 
@@ -298,11 +299,12 @@ def _describe(settings: RunSettings, team: Team, documents: tuple[Path, ...], co
     told = _ask(team.trainers[:1], "describe", what="describing the model")[0]
     corpus = Corpus(documents)
     masks = ", ".join(f"{n} layers {rule}" for rule, n in told["layers"].items())
+    serving = (team.trainers if settings.parallel.trainers_serve else []) + team.servers
     facts = {
         "model": f"{told['parameters'] / 1e6:.2f} M parameters, {masks}",
         "documents": f"{sum(corpus.num_documents):,} with {sum(corpus.num_tokens):,} tokens from {', '.join(corpus.source_names)}",
         "step": f"{settings.train.tokens_per_step:,} tokens = {settings.parallel.trainers} trainers x {settings.tokens_per_rank:,} x {settings.accumulation} micro-batches",
-        "attention": f"{', '.join(team.names)}; back end {settings.kernels.backend}, ZeRO stage {settings.parallel.zero_stage}, {settings.train.precision}",
+        "attention": f"{', '.join(map(str, serving))}; back end {settings.kernels.backend}, ZeRO stage {settings.parallel.zero_stage}, {settings.train.precision}",
     }
     for name, text in facts.items():
         console.print(f"[bold]{name:10}[/] {text}", highlight=False)

@@ -10,6 +10,7 @@ soft-capped), its own positions, labels shifted here by hand, plain cross entrop
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from distca.config import RunSettings
 from distca.parallel.attach import build_model, read_config
-from distca.parallel.engine import DTYPES
+from distca.parallel.engine import DTYPES, Fp64Throughout
 
 TOLERANCES = {"fp64": 1e-10, "fp32": 1e-5}
 BF16_FACTOR = 2.0
@@ -97,15 +98,16 @@ def single_device_step(
     model.train()
     targets = sum(len(ids) - 1 for ids in documents)
     total = 0.0
-    for ids in documents:
-        if len(ids) < 2:
-            continue
-        tokens = torch.from_numpy(ids)[None]
-        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum") / targets
-        loss.backward()
-        total += float(loss.detach())
+    with Fp64Throughout() if dtype == torch.float64 else nullcontext():
+        for ids in documents:
+            if len(ids) < 2:
+                continue
+            tokens = torch.from_numpy(ids)[None]
+            logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum") / targets
+            loss.backward()
+            total += float(loss.detach())
     gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
     return total, gradients
 

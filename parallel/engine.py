@@ -24,6 +24,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_grad
 from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch.overrides import TorchFunctionMode
 from transformers import get_scheduler
 
 from distca.config import RunSettings
@@ -106,16 +107,18 @@ class Engine:
 
 
 class PlainEngine:
-    """The same gradients without DeepSpeed, which knows no fp64: plain sums over trainers. Only for `verify`, it does not train."""
+    """The same gradients without DeepSpeed, which knows no fp64: plain sums over trainers. It verifies, it does not train."""
 
     def __init__(self, module: torch.nn.Module, settings: RunSettings, device: torch.device):
         self._module, self._settings = module.to(device), settings
 
     def forward(self, **batch) -> torch.Tensor:
-        return self._module(**batch)
+        with Fp64Throughout():
+            return self._module(**batch)
 
     def backward(self, summed_loss: torch.Tensor, targets_in_step: int) -> None:
-        (summed_loss / targets_in_step).backward()
+        with Fp64Throughout():  # recomputed layers run here
+            (summed_loss / targets_in_step).backward()
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         gradients = {}
@@ -124,6 +127,15 @@ class PlainEngine:
             dist.all_reduce(total)
             gradients[name] = total.cpu()
         return gradients
+
+
+class Fp64Throughout(TorchFunctionMode):
+    """Where a model asks for fp32 by name (norms, rotary angles), it gets fp64: its own rounding would hide ours."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        widen = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return func(*map(widen, args), **{name: widen(x) for name, x in (kwargs or {}).items()})
 
 
 TAG = "deepspeed"

@@ -48,9 +48,9 @@ def make_settings(folder: Path, lengths: list[int], model: dict | None = None, *
 
 
 class Team:
-    """Trainers and dedicated servers of `settings`, joined by links."""
+    """Trainers (of the given class) and dedicated servers of `settings`, joined by links."""
 
-    def __init__(self, settings: RunSettings):
+    def __init__(self, settings: RunSettings, trainer: type[Trainer] = Trainer):
         self._stack = ExitStack()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
@@ -59,7 +59,7 @@ class Team:
         self._store, port = rendezvous_store(LOOPBACK)
         common = (settings, Meeting(LOOPBACK, port), "cpu")
         first = parallel.trainers if parallel.trainers_serve else 0
-        made = [(Trainer, rank, *common, documents) for rank in range(parallel.trainers)]
+        made = [(trainer, rank, *common, documents) for rank in range(parallel.trainers)]
         made += [(DedicatedServer, first + n, *common) for n in range(parallel.servers)]
         self._pipes, self.processes = [], []
         for what in made:
