@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from distca.config import describe_settings, dump_settings, load_settings, split_overrides
-from distca.errors import EXIT_OK, EXIT_OTHER, UserError
+from distca.errors import EXIT_OK, EXIT_OTHER, SettingsError, UserError
 
 # Commands import what they run only when they run: `distca --help` and `distca settings` start without torch and Ray.
 
@@ -98,6 +98,7 @@ class Export:
     def __call__(self, overrides: list[str], console: Console) -> int:
         from distca.launch.export import export
 
+        _refuse_overrides("export", overrides)
         step = export(self.folder, self.out)
         console.print(f"step {step} exported to {self.out}", highlight=False)
         return EXIT_OK
@@ -108,6 +109,7 @@ class ListSettings:
     """List every setting: allowed values, default, meaning."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
+        _refuse_overrides("settings", overrides)
         for name, allowed, default, meaning in describe_settings():
             console.print(
                 f"[bold]{escape(name)}[/]  [dim]{escape(allowed)}, default {escape(default)}[/]", highlight=False
@@ -140,6 +142,11 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         Console(stderr=True).print("distca: stopped at once; nothing was saved after the last checkpoint")
         return 130
+
+
+def _refuse_overrides(command: str, overrides: list[str]) -> None:
+    if overrides:
+        raise SettingsError(f"distca {command} takes no settings, found {overrides[0]}")
 
 
 def _say_where(folder: Path, console: Console) -> None:

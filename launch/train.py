@@ -23,17 +23,19 @@ import torch
 from rich.console import Console
 
 from distca.config import RunSettings, dump_settings, load_settings
-from distca.errors import SettingsError, TryAgain, UserError
+from distca.errors import DataError, SettingsError, TryAgain, UserError
 from distca.launch.cluster import Worker, gather, place, rendezvous_store, spawn, start_ray
 from distca.launch.data import Corpus
 from distca.launch.monitor import Monitor
 from distca.launch.prepare import prepare
 from distca.launch.publish import Published, newest, prune, publishing
+from distca.launch.server import DedicatedServer, Meeting, backend_of, pool_of
+from distca.launch.trainer import PlanSummary, Trainer, TrainerReport
 from distca.launch.verify import Comparison
-from distca.launch.workers import DedicatedServer, Meeting, PlanSummary, Trainer, TrainerReport, pool_of
 from distca.metrics import StepRecord
 from distca.order import Cursor
-from distca.parallel.attach import read_config
+from distca.parallel.attach import read_config, refuse_kernels
+from distca.parallel.engine import DTYPES, refuse_precision
 from distca.parallel.server import ServerReport
 from distca.plan import imbalance
 
@@ -44,11 +46,11 @@ RUN_FILE, CHECKPOINTS = "run.yaml", "checkpoints"
 
 def train(settings: RunSettings, console: Console, insecure: bool = False) -> Path:
     """Run from the first step; returns the run's folder."""
+    refuse_precision(settings)
     documents = _prepare(settings, console)
-    folder = _new_folder(settings)
-    (folder / RUN_FILE).write_text(dump_settings(settings), encoding="utf-8")
-    console.print(f"[bold]run[/] {folder}")
-    _run(settings, folder, documents, None, console, insecure)
+    with _new_folder(settings) as folder:
+        console.print(f"[bold]run[/] {folder}")
+        _run(settings, folder, documents, None, console, insecure)
     return folder
 
 
@@ -57,12 +59,12 @@ def resume(folder: Path, overrides: list[str], console: Console, insecure: bool 
     settings = load_settings(folder / RUN_FILE, overrides)
     checkpoint = newest(folder / CHECKPOINTS)
     _refuse_other_layout(settings, checkpoint)
+    refuse_precision(settings)
     if checkpoint.step >= settings.train.steps:
         raise SettingsError(
             f"{folder}: step {checkpoint.step} of {settings.train.steps} is done; ask for more: --train.steps {checkpoint.step * 2}"
         )
     documents = _prepare(settings, console)
-    (folder / RUN_FILE).write_text(dump_settings(settings), encoding="utf-8")
     console.print(f"[bold]resuming[/] {folder} after step {checkpoint.step}")
     _run(settings, folder, documents, checkpoint, console, insecure)
     return folder
@@ -70,9 +72,11 @@ def resume(folder: Path, overrides: list[str], console: Console, insecure: bool 
 
 def verify(settings: RunSettings, console: Console, insecure: bool = False) -> Comparison:
     """One step of the run, distributed, against one device."""
+    if settings.train.precision != "fp64":
+        refuse_precision(settings)
     documents = _prepare(settings, console)
-    folder = _new_folder(settings, prefix="verify-")
     with (
+        _new_folder(settings, prefix="verify-") as folder,
         _team(settings, folder, documents, console, insecure) as team,
         console.status("one step distributed, and one on one device"),
     ):
@@ -97,7 +101,13 @@ def _team(
     """Ray, a place for every worker, workers joined by links; all gone on the way out."""
     parallel = settings.parallel
     num_workers, timeout_s = parallel.trainers + parallel.servers, parallel.start_timeout_s
-    gpus = _use_gpus(settings, num_workers)
+    gpus, there = _use_gpus(settings), torch.cuda.device_count()
+    if there and not gpus and parallel.device == "auto":
+        logger.warning(
+            "%d workers, but %d GPUs: using the CPU; for GPUs lower parallel.trainers or parallel.servers",
+            num_workers,
+            there,
+        )
     with ExitStack() as stack:
         with console.status("starting Ray"):
             started = start_ray(folder, num_workers=num_workers, threads=parallel.threads, gpus=gpus, insecure=insecure)
@@ -146,6 +156,7 @@ def _run(
         if start:
             _ask(team.trainers, "load", start.path, what="loading the checkpoint")
         _ask(team.trainers, "seek", done + 1, cursor, what="reading its documents")
+        _write_settings(settings, folder)
         monitor = Monitor(folder, settings.monitor, first_step=done + 1)
         try:
             monitor.start(dump_settings(settings), _versions() | _describe(settings, team, documents, console))
@@ -318,14 +329,34 @@ def _versions() -> dict[str, str]:
 
 
 def _prepare(settings: RunSettings, console: Console) -> tuple[Path, ...]:
-    m = settings.model
+    m, device = settings.model, "cuda" if _use_gpus(settings) else "cpu"
     config = read_config(m.path, m.config, m.revision)
+    refuse_kernels(config, backend_of(settings), DTYPES[settings.train.precision], device)
     with console.status("preparing documents"):
         return prepare(settings.data, config.vocab_size)
 
 
-def _new_folder(settings: RunSettings, prefix: str = "") -> Path:
-    """A folder of this run's own: name and start, and a number where that is taken."""
+def _write_settings(settings: RunSettings, folder: Path) -> None:
+    """What `resume` goes by; at no moment half a file."""
+    draft = folder / f".{RUN_FILE}"
+    draft.write_text(dump_settings(settings), encoding="utf-8")
+    draft.replace(folder / RUN_FILE)
+
+
+@contextmanager
+def _new_folder(settings: RunSettings, prefix: str = "") -> Iterator[Path]:
+    """A folder of this run's own, gone again where the run is refused before its first step."""
+    folder = _make_folder(settings, prefix)
+    try:
+        yield folder
+    except (SettingsError, DataError, TryAgain):
+        if not (folder / RUN_FILE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _make_folder(settings: RunSettings, prefix: str) -> Path:
+    """Named after the run and its start, with a number where that is taken."""
     start = f"{prefix}{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(1, 1000):
         folder = settings.monitor.folder.expanduser() / (start if attempt == 1 else f"{start}-{attempt}")
@@ -339,15 +370,10 @@ def _new_folder(settings: RunSettings, prefix: str = "") -> Path:
     raise SettingsError(f"{folder}: a thousand runs began in this second")
 
 
-def _use_gpus(settings: RunSettings, num_workers: int) -> bool:
-    wanted, there = settings.parallel.device, torch.cuda.device_count()
-    if wanted == "auto" and 0 < there < num_workers:
-        logger.warning(
-            "%d workers, but %d GPUs: using the CPU; for GPUs lower parallel.trainers or parallel.servers",
-            num_workers,
-            there,
-        )
-    return wanted == "cuda" or (wanted == "auto" and there >= num_workers)
+def _use_gpus(settings: RunSettings) -> bool:
+    """Whether every worker gets a GPU."""
+    wanted, num_workers = settings.parallel.device, settings.parallel.trainers + settings.parallel.servers
+    return wanted == "cuda" or (wanted == "auto" and torch.cuda.device_count() >= num_workers)
 
 
 @contextmanager

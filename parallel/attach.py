@@ -28,6 +28,7 @@ from transformers import (
 
 from distca.errors import SettingsError, Unsupported
 from distca.kernels.attention import attend
+from distca.kernels.capability import refusal
 from distca.masks import Bands, MaskRule, bands_of
 
 # Shape suffixes: T packed rows, H query heads, G key/value heads, D head size, V vocabulary.
@@ -175,6 +176,15 @@ def refuse_config(config: PretrainedConfig) -> None:
         )
 
 
+def refuse_kernels(config: PretrainedConfig, backend: str, dtype: torch.dtype, device_type: str) -> None:
+    """Raise Unsupported where the back end lacks what the configuration asks for; the probe sees what layers really ask."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    softcap = getattr(config, "attn_logit_softcapping", None) or 0.0
+    sentence = refusal(backend, head_dim=head_dim, dtype=dtype, softcap=softcap, device_type=device_type)
+    if sentence:
+        raise Unsupported(sentence)
+
+
 def build_model(
     config: PretrainedConfig,
     path: str | None,
@@ -185,9 +195,11 @@ def build_model(
 ):
     """The model with its weights, on the CPU: loaded, or fresh (the same for the same seed, whatever the dtype)."""
     if path is not None:
-        return AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-        )
+        options = dict(revision=revision, config=config, dtype=dtype, trust_remote_code=False)
+        try:
+            return AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, **options)
+        except (ValueError, OSError) as error:
+            raise SettingsError(f"model.path: no weights from {path}: {_first_line(error)}") from None
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     for parameter in model.parameters():  # buffers keep their precision: bf16 rotary frequencies would move positions

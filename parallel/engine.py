@@ -33,17 +33,22 @@ from distca.errors import Unsupported
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
+def refuse_precision(settings: RunSettings) -> None:
+    """Raise Unsupported for a precision that DeepSpeed does not train with, or wrongly."""
+    if settings.train.precision == "fp64":
+        raise Unsupported("train.precision: fp64 is for `distca verify`; DeepSpeed trains with fp32 or bf16")
+    if settings.train.precision == "bf16" and settings.parallel.zero_stage == 0:
+        # DeepSpeed's stage-0 bf16 optimizer steps once on zero gradients, which shifts Adam's bias correction by one step
+        raise Unsupported("train.precision: bf16 needs parallel.zero_stage of at least 1; stage 0 trains with fp32")
+
+
 class Engine:
     """A DeepSpeed engine around a module that returns a summed loss."""
 
     def __init__(self, module: torch.nn.Module, settings: RunSettings, device: torch.device):
         _quieten(device)
         train, self._settings = settings.train, settings
-        if train.precision == "fp64":
-            raise Unsupported("train.precision: fp64 is for `distca verify`; DeepSpeed trains with fp32 or bf16")
-        if train.precision == "bf16" and settings.parallel.zero_stage == 0:
-            # DeepSpeed's stage-0 bf16 optimizer steps once on zero gradients, which shifts Adam's bias correction by one step
-            raise Unsupported("train.precision: bf16 needs parallel.zero_stage of at least 1; stage 0 trains with fp32")
+        refuse_precision(settings)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         optimizer = torch.optim.AdamW(
             _parameter_groups(module, train.optimizer.weight_decay),

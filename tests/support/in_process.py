@@ -13,6 +13,9 @@ from distca.planner import plan_step
 from distca.routes import routes_of
 
 
+CAUSAL = MaskRule()
+
+
 def make_exchanges(num_ranks, pool, backend="reference"):
     """One exchange per rank, with a link to every server of the pool; and the servers."""
     servers = [AttentionServer(number, backend, torch.device("cpu")) for number in range(len(pool))]
@@ -35,7 +38,7 @@ def attention_of_ranks(exchanges, inputs: PlanInputs, step=0):
     return sites
 
 
-def attend_distributed(sites, q_THD, k_TGD, v_TGD, d_out_THD, rule=MaskRule(), softcap=0.0):
+def attend_distributed(sites, q_THD, k_TGD, v_TGD, d_out_THD, rule=CAUSAL, softcap=0.0):
     """Every rank attends its share of the rows, forward and backward: (out, dq, dk, dv), whole."""
     num_ranks = len(sites)
 

@@ -12,10 +12,11 @@ from documents import write_json_lines
 from distca.config import RunSettings, validate_settings
 from distca.launch.cluster import LOOPBACK, rendezvous_store
 from distca.launch.prepare import prepare
-from distca.launch.workers import DedicatedServer, Meeting, Trainer
+from distca.launch.server import DedicatedServer, Meeting
+from distca.launch.trainer import Trainer
 from distca.order import Cursor
 
-PRELOAD = ["distca.launch.workers", "torch._dynamo", "transformers.models.llama.modeling_llama"]
+PRELOAD = ["distca.launch.trainer", "torch._dynamo", "transformers.models.llama.modeling_llama"]
 ANSWER_S = 60
 
 TINY_LLAMA = dict(

@@ -1,14 +1,13 @@
-"""What do the two kinds of worker do? Plain classes; `distca.launch.cluster` gives each a process.
+"""What does a trainer do? It holds the model's layers, and its share of every micro-batch's rows.
 
-A trainer holds the model's layers and its share of every micro-batch's rows; one step of it reads like the README's picture:
-the next step's documents are planned on a host thread while this one runs. An attention server only answers calls.
+A plain class; `distca.launch.cluster` gives it a process. While a step runs, a host thread plans the next one from its documents'
+lengths and reads its tokens.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import resource
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,28 +23,20 @@ from distca.cost import AttentionShape
 from distca.kernels.merge import statistics_dtype
 from distca.launch.cluster import LOOPBACK, connect_store
 from distca.launch.data import Corpus, DocumentStream, Rows, num_targets
+from distca.launch.server import Meeting, backend_of, meetings, open_link, pool_of, rss_mib
 from distca.launch.verify import Comparison, compare_with_one_device
 from distca.masks import MaskRule
 from distca.order import Cursor, Pieces
 from distca.parallel.attach import PackedCausalLM, build_model, checkpoint_activations, probe, read_config
 from distca.parallel.core_attention import CallStatistics, CoreAttention, Exchange
 from distca.parallel.engine import DTYPES, Engine, PlainEngine
-from distca.parallel.link import GroupLink, LocalLink
+from distca.parallel.link import LocalLink
 from distca.parallel.server import AttentionServer, ServerReport
-from distca.plan import MILLION, PlanInputs, Pool, combined_digest, imbalance, make_pool
+from distca.plan import MILLION, PlanInputs, combined_digest, imbalance
 from distca.planner import plan_step
 from distca.routes import TrainerRoute, routes_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """Where workers find each other."""
-
-    host: str
-    """Address of the driver's store; workers bind their links to this machine's address towards it."""
-    port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,26 +96,6 @@ class TrainerReport:
     rss_mib: float
 
 
-class DedicatedServer:
-    """A worker that only computes core attention."""
-
-    def __init__(self, number: int, settings: RunSettings, meeting: Meeting, device: str):
-        torch.set_num_threads(settings.parallel.threads)
-        self._number, self._settings, self._meeting = number, settings, meeting
-        self._device = torch.device(device)
-        self._server = AttentionServer(number, backend_of(settings), self._device)
-
-    def connect(self) -> None:
-        store = connect_store(self._meeting.host, self._meeting.port, self._settings.parallel.start_timeout_s)
-        for rank, server in meetings(self._settings):
-            if server == self._number:
-                self._server.serve(rank, _open_link(store, rank, server, 1, self._settings, self._meeting, self._device))
-
-    def take_report(self) -> tuple[ServerReport, float]:
-        """What it did since the last call, and its largest memory in MiB."""
-        return self._server.take_report(), _rss_mib()
-
-
 class Trainer:
     """A worker that holds the model's layers, or its share of them under ZeRO."""
 
@@ -171,7 +142,7 @@ class Trainer:
             end = 0 if rank == self._rank else 1 if home[server] == self._rank else None
             if end is None:
                 continue
-            link = _open_link(self._store, rank, server, end, self._settings, self._meeting, self._device)
+            link = open_link(self._store, rank, server, end, self._settings, self._meeting, self._device)
             if end == 0:
                 links[server] = link
             else:
@@ -292,28 +263,8 @@ class Trainer:
             data_wait_s=data_wait_s,
             exchange=self._exchange.take_statistics(),
             server=self._server.take_report() if self._server else None,
-            rss_mib=_rss_mib(),
+            rss_mib=rss_mib(),
         )
-
-
-def backend_of(settings: RunSettings) -> str:
-    return "torch" if settings.kernels.backend == "auto" else settings.kernels.backend
-
-
-def pool_of(settings: RunSettings) -> Pool:
-    p = settings.parallel
-    return make_pool(p.trainers, p.servers, p.trainers_serve, p.trainer_capacity)
-
-
-def meetings(settings: RunSettings) -> list[tuple[int, int]]:
-    """(trainer, server) of every link between processes, in the order in which all workers open them.
-
-    Opening a link waits for the other side, with all threads of the process. One order for all cannot end in a circle,
-    and going round like a tournament lets different pairs meet at the same time."""
-    trainers, pool = settings.parallel.trainers, pool_of(settings)
-    pairs = [(rank, server) for rank in range(trainers) for server in range(len(pool)) if pool.home[server] != rank]
-    rounds = max(trainers, len(pool))
-    return sorted(pairs, key=lambda pair: ((pair[0] + pair[1]) % rounds, pair))
 
 
 def _shape(call, dtype: torch.dtype) -> AttentionShape:
@@ -324,24 +275,3 @@ def _shape(call, dtype: torch.dtype) -> AttentionShape:
 
 def _places(pieces: Pieces):
     return zip(pieces.source.tolist(), pieces.row.tolist(), pieces.start.tolist(), pieces.end.tolist(), strict=True)
-
-
-def _open_link(
-    store, rank: int, server: int, end: int, settings: RunSettings, meeting: Meeting, device: torch.device
-) -> GroupLink:
-    """Our end of the link between a trainer (end 0) and a server (end 1); waits for the other end."""
-    deadline_s = settings.parallel.deadline_s if end == 0 else None
-    return GroupLink(
-        store, f"{rank}-{server}", end, _own_address(meeting), deadline_s, device, nccl=device.type == "cuda"
-    )
-
-
-def _own_address(meeting: Meeting) -> str:
-    """The address of this machine that the others reach: the one it uses towards the driver."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        s.connect((meeting.host, meeting.port))  # sends nothing
-        return s.getsockname()[0]
-
-
-def _rss_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,89 @@
+"""What does a dedicated attention server do, and how do workers meet?
+
+A plain class; `distca.launch.cluster` gives it a process. It needs neither the model nor DeepSpeed, so it starts in half a
+trainer's time.
+"""
+
+from __future__ import annotations
+
+import resource
+import socket
+from dataclasses import dataclass
+
+import torch
+
+from distca.config import RunSettings
+from distca.launch.cluster import connect_store
+from distca.parallel.link import GroupLink
+from distca.parallel.server import AttentionServer, ServerReport
+from distca.plan import Pool, make_pool
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where workers find each other."""
+
+    host: str
+    """Address of the driver's store; workers bind their links to this machine's address towards it."""
+    port: int
+
+
+class DedicatedServer:
+    """A worker that only computes core attention."""
+
+    def __init__(self, number: int, settings: RunSettings, meeting: Meeting, device: str):
+        torch.set_num_threads(settings.parallel.threads)
+        self._number, self._settings, self._meeting = number, settings, meeting
+        self._device = torch.device(device)
+        self._server = AttentionServer(number, backend_of(settings), self._device)
+
+    def connect(self) -> None:
+        store = connect_store(self._meeting.host, self._meeting.port, self._settings.parallel.start_timeout_s)
+        for rank, server in meetings(self._settings):
+            if server == self._number:
+                self._server.serve(rank, open_link(store, rank, server, 1, self._settings, self._meeting, self._device))
+
+    def take_report(self) -> tuple[ServerReport, float]:
+        """What it did since the last call, and its largest memory in MiB."""
+        return self._server.take_report(), rss_mib()
+
+
+def backend_of(settings: RunSettings) -> str:
+    return "torch" if settings.kernels.backend == "auto" else settings.kernels.backend
+
+
+def pool_of(settings: RunSettings) -> Pool:
+    p = settings.parallel
+    return make_pool(p.trainers, p.servers, p.trainers_serve, p.trainer_capacity)
+
+
+def meetings(settings: RunSettings) -> list[tuple[int, int]]:
+    """(trainer, server) of every link between processes, in the order in which all workers open them.
+
+    Opening a link waits for the other side, with all threads of the process. One order for all cannot end in a circle,
+    and going round like a tournament lets different pairs meet at the same time."""
+    trainers, pool = settings.parallel.trainers, pool_of(settings)
+    pairs = [(rank, server) for rank in range(trainers) for server in range(len(pool)) if pool.home[server] != rank]
+    rounds = max(trainers, len(pool))
+    return sorted(pairs, key=lambda pair: ((pair[0] + pair[1]) % rounds, pair))
+
+
+def open_link(
+    store, rank: int, server: int, end: int, settings: RunSettings, meeting: Meeting, device: torch.device
+) -> GroupLink:
+    """Our end of the link between a trainer (end 0) and a server (end 1); waits for the other end."""
+    deadline_s = settings.parallel.deadline_s if end == 0 else None
+    return GroupLink(
+        store, f"{rank}-{server}", end, _own_address(meeting), deadline_s, device, nccl=device.type == "cuda"
+    )
+
+
+def _own_address(meeting: Meeting) -> str:
+    """The address of this machine that the others reach: the one it uses towards the driver."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.connect((meeting.host, meeting.port))  # sends nothing
+        return s.getsockname()[0]
+
+
+def rss_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
