@@ -9,16 +9,20 @@ all errors are reported at once, and nothing outside this file and its overrides
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from distca.errors import SettingsError
 
-PositiveFloat = Field(gt=0, allow_inf_nan=False)
+KIND_NAMES = {str: "text", int: "integer", float: "number", bool: "true | false", Path: "path", dict: "mapping"}
+KIND_NAMES |= {NoneType: "none"}
+SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 class Settings(BaseModel):
@@ -92,8 +96,11 @@ class OptimizerSettings(Settings):
     weight_decay: float = Field(0.1, ge=0)
     """Decoupled; not applied to vectors (norms, biases)."""
     beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay per step of the mean of gradients."""
     beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay per step of the mean of squared gradients."""
     eps: float = Field(1e-8, gt=0)
+    """Added to the root of the squared gradients' mean."""
 
 
 class ScheduleSettings(Settings):
@@ -239,10 +246,24 @@ class RunSettings(Settings):
         return self.tokens_per_rank * self.parallel.trainers
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-6 is a number."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around texts that `_Loader` would take for numbers."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSettings:
     """Read a run file and apply `--section.key value` overrides; raise `SettingsError` with every error found."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise SettingsError(f"{path}: cannot read the run file: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -261,16 +282,15 @@ def validate_settings(values: dict[str, Any], origin: str = "settings") -> RunSe
     try:
         return RunSettings.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {line}" for problem in error.errors() for line in _sentence(problem).splitlines()]
-        plural = "" if error.error_count() == 1 else "s"
-        raise SettingsError(
-            "\n".join([f"{origin}: {error.error_count()} setting{plural} to correct", *lines])
-        ) from None
+        problems = _own_problems(error.errors())
+        lines = [f"  {line}" for problem in problems for line in _sentence(problem).splitlines()]
+        plural = "" if len(problems) == 1 else "s"
+        raise SettingsError("\n".join([f"{origin}: {len(problems)} setting{plural} to correct", *lines])) from None
 
 
 def dump_settings(settings: RunSettings) -> str:
     """The resolved settings as YAML that `load_settings` reads back to an equal value."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(settings.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def describe_settings() -> Iterator[tuple[str, str, str, str]]:
@@ -284,14 +304,24 @@ def _describe(model: type[Settings], prefix: str) -> Iterator[tuple[str, str, st
         if isinstance(kind, type) and issubclass(kind, Settings):
             yield from _describe(kind, f"{prefix}{name}.")
         elif name == "sources":
-            yield prefix + name, "list", "required", field.description or ""
+            yield prefix + name, "list", "required", " ".join((field.description or "").split())
             yield from _describe(SourceSettings, f"{prefix}{name}[i].")
         else:
-            limits = ", ".join(str(m) for m in field.metadata)
-            allowed = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind)
-            allowed = allowed.replace("typing.", "").replace("NoneType", "none")
-            default = "required" if field.is_required() else str(field.default)
-            yield prefix + name, f"{allowed} {limits}".strip(), default, " ".join((field.description or "").split())
+            shown = "none" if field.default is None else field.default
+            default = "required" if field.is_required() else f"default {shown}"
+            yield prefix + name, _allowed(kind, field.metadata), default, " ".join((field.description or "").split())
+
+
+def _allowed(kind: Any, limits: Sequence[Any] = ()) -> str:
+    """A field's type and bounds for people: `integer > 0 | none`."""
+    if get_origin(kind) is Annotated:
+        return _allowed(get_args(kind)[0], kind.__metadata__)
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    if get_origin(kind) in (Union, UnionType):
+        return " | ".join(map(_allowed, get_args(kind)))
+    bounds = [f" {sign} {getattr(m, name)}" for m in limits for name, sign in SIGNS.items() if hasattr(m, name)]
+    return KIND_NAMES[get_origin(kind) or kind] + ",".join(bounds)
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -322,7 +352,7 @@ def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 raise SettingsError(f"--{key} needs a value")
             value = rest.pop(0)
         try:
-            yield key.replace("-", "_"), yaml.safe_load(value)
+            yield key.replace("-", "_"), yaml.load(value, _Loader)
         except yaml.YAMLError:
             raise SettingsError(f"--{key}: cannot read {value!r} as a YAML value") from None
 
@@ -355,6 +385,13 @@ def _index(here: list, name: str, key: str) -> int:
     if not name.isdigit() or int(name) >= len(here):
         raise SettingsError(f"--{key}: {name!r} is not a place in a list of {len(here)}")
     return int(name)
+
+
+def _own_problems(problems: list[Any]) -> list[Any]:
+    """Without lists that pydantic calls too short because it has thrown out their faulty entries, which are named anyway."""
+    paths = [p["loc"] for p in problems]
+    below = lambda at: any(len(path) > len(at) and path[: len(at)] == at for path in paths)  # noqa: E731
+    return [p for p in problems if p["type"] != "too_short" or not below(p["loc"])]
 
 
 def _sentence(problem: Any) -> str:

@@ -10,12 +10,15 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
 from distca.config import describe_settings, dump_settings, load_settings, split_overrides
 from distca.errors import EXIT_OK, EXIT_OTHER, SettingsError, UserError
+
+ABOUT = """Train Hugging Face causal language models with their core attention on attention servers.
+
+Exit codes: 0 ok, 2 bad settings, 3 bad data, 75 stopped with a checkpoint or try again, 1 other."""
 
 # Commands import what they run only when they run: `distca --help` and `distca settings` start without torch and Ray.
 
@@ -111,11 +114,21 @@ class ListSettings:
     def __call__(self, overrides: list[str], console: Console) -> int:
         _refuse_overrides("settings", overrides)
         for name, allowed, default, meaning in describe_settings():
-            console.print(
-                f"[bold]{escape(name)}[/]  [dim]{escape(allowed)}, default {escape(default)}[/]", highlight=False
-            )
+            console.print(f"[bold]{escape(name)}[/]  [dim]{escape(allowed)}, {escape(default)}[/]", highlight=False)
             console.print(f"    {escape(meaning)}", highlight=False)
         return EXIT_OK
+
+
+class ConsoleHandler(logging.Handler):
+    """Log records among the console's own lines, never broken in two: they hold paths to be copied."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        self._console.print(self.format(record), style=style, highlight=False, markup=False)
 
 
 Command = Train | Resume | Verify | Export | Annotated[ListSettings, tyro.conf.subcommand("settings")]
@@ -129,12 +142,11 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """One command; its exit code."""
     console = Console(soft_wrap=True)
-    handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ConsoleHandler(console)])
     logging.getLogger("distca").setLevel(logging.INFO)
     try:
         rest, overrides = split_overrides(arguments)
-        command = tyro.cli(Command, prog="distca", description=__doc__, args=rest)
+        command = tyro.cli(Command, prog="distca", description=ABOUT, args=rest)
         return command(overrides, console)
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]distca:[/] {escape(str(error))}", highlight=False)

@@ -24,7 +24,16 @@ from rich.console import Console
 
 from distca.config import RunSettings, dump_settings, load_settings
 from distca.errors import DataError, SettingsError, TryAgain, UserError
-from distca.launch.cluster import Worker, gather, place, rendezvous_store, spawn, start_ray
+from distca.launch.cluster import (
+    Worker,
+    WorkerFailed,
+    WorkerLost,
+    gather,
+    place,
+    rendezvous_store,
+    spawn,
+    start_ray,
+)
 from distca.launch.data import Corpus
 from distca.launch.monitor import Monitor
 from distca.launch.prepare import prepare
@@ -42,6 +51,7 @@ from distca.plan import imbalance
 logger = logging.getLogger(__name__)
 
 RUN_FILE, CHECKPOINTS = "run.yaml", "checkpoints"
+SIGN_OF_LIFE_S = 5.0  # a server that is well answers at once: its calls run on other threads
 
 
 def train(settings: RunSettings, console: Console, insecure: bool = False) -> Path:
@@ -164,7 +174,7 @@ def _run(
             tokens_seen, saved = done * settings.train.tokens_per_step, done
             for step in range(done + 1, steps + 1):
                 clock = time.perf_counter()
-                trainers = _ask(team.trainers, "step", what=f"running step {step}")
+                trainers = _step(team, step)
                 servers = _ask(team.servers, "take_report", what=f"reporting step {step}")
                 tokens_seen += settings.train.tokens_per_step
                 record = _record(settings, step, time.perf_counter() - clock, tokens_seen, trainers, servers)
@@ -173,11 +183,12 @@ def _run(
                         f"the loss of step {step} is {record.loss}: the run stops here; its newest checkpoint is of step "
                         f"{saved}. Try a lower train.optimizer.learning_rate or a longer train.schedule.warmup_steps"
                     )
-                if _is_due(settings, step) or stop.is_set():
+                stopping = stop.is_set()  # looked at once: who stops has saved
+                if _is_due(settings, step) or stopping:
                     save_s = _publish(settings, folder, team, step, trainers[0], monitor)
                     saved, record = step, replace(record, checkpoint_save_s=save_s)
                 reporter.show(record, trainers)
-                if stop.is_set() and step < steps:
+                if stopping and step < steps:
                     raise TryAgain(
                         f"stopped as asked after step {step}, with a checkpoint; go on with: distca resume {folder}"
                     )
@@ -188,6 +199,18 @@ def _run(
 def _ask(workers: list[Worker], method: str, *arguments, what: str, timeout_s: float | None = None) -> list:
     """Ask all workers the same; their answers in order, or one error in words."""
     return gather([w.call(method, *arguments) for w in workers], timeout_s, what)
+
+
+def _step(team: Team, step: int) -> list[TrainerReport]:
+    """One step of all trainers. Where it fails for want of an attention server, that server is the one to be named."""
+    what = f"running step {step}"
+    try:
+        return _ask(team.trainers, "step", what=what)
+    except WorkerLost:
+        raise
+    except WorkerFailed:
+        gather([server.made for server in team.servers], SIGN_OF_LIFE_S, what)
+        raise
 
 
 def _is_due(settings: RunSettings, step: int) -> bool:

@@ -169,7 +169,8 @@ class Trainer:
         data_wait_s = time.perf_counter() - start
         self._step += 1
         self._next = self._ahead.submit(self._prepare, self._step, batch.cursor)
-        torch.manual_seed(hash((self._settings.seed, self._step, self._rank)) % 2**63)  # random layers resume exactly
+        random_state = np.random.SeedSequence([self._settings.seed, self._step, self._rank]).generate_state(1)
+        torch.manual_seed(int(random_state[0]))  # random layers resume exactly
         summed_loss = 0.0
         for micro_batch in batch.micro_batches:
             summed_loss += self._forward_backward(micro_batch, batch.targets)

@@ -74,6 +74,8 @@ def distca_attention(
         raise Unsupported(
             f"value heads of size {value.shape[-1]} beside query heads of size {query.shape[-1]} are not supported (MLA)"
         )
+    if others.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise Unsupported(f"{type(module).__name__} looks ahead: only causal attention is supported")
     unknown = {name for name, value in others.items() if value is not None} - IGNORED_KEYWORDS
     if unknown:
         raise Unsupported(

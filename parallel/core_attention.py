@@ -91,7 +91,7 @@ class Exchange:
             reply, payload = self._wait_message(at.server)
             self.statistics.wait_s += time.perf_counter() - start
             if reply.kind == FAILURE:
-                raise LinkError(bytes(payload[: reply.dtype].cpu().numpy()).decode())
+                raise LinkError(payload.cpu().numpy().tobytes().rstrip(b"\0").decode())
             if (reply.kind, reply.step, reply.call) != (REPLY, header.step, header.call):
                 raise LinkError(
                     f"rank {self.rank} waits for call {header.call} of micro-batch {header.step}, server {at.server} answers {reply}"
@@ -118,17 +118,18 @@ class CoreAttention:
     step: int
     """Micro-batch number."""
     routes: dict[MaskRule, TrainerRoute]
-    _calls: itertools.count = field(default_factory=itertools.count)
-    _pending: dict[int, Header] = field(default_factory=dict)
+    _site: int = field(default_factory=itertools.count().__next__, init=False)
+    _calls: itertools.count = field(default_factory=itertools.count, init=False)
+    _pending: dict[int, Header] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
-        _sites[id(self)] = self
+        _sites[self._site] = self
 
     def __call__(self, q_THD, k_TGD, v_TGD, rule: MaskRule, scale: float, softcap: float = 0.0) -> torch.Tensor:
         """softmax(q k^T) v under `rule`, exact over documents that span ranks: (T, H, D)."""
         call = next(self._calls)
-        token = begin(q_THD, k_TGD, v_TGD, id(self), call, rule.window, scale, softcap)
-        out_THD, _lse = end(token, q_THD.detach(), k_TGD.detach(), v_TGD.detach(), id(self), call)
+        token = begin(q_THD, k_TGD, v_TGD, self._site, call, rule.window, scale, softcap)
+        out_THD, _lse = end(token, q_THD.detach(), k_TGD.detach(), v_TGD.detach(), self._site, call)
         return out_THD
 
     def send_forward(self, q, k, v, call: int, window: int, scale: float, softcap: float) -> None:
@@ -180,7 +181,7 @@ class CoreAttention:
         return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-# An operator's arguments are tensors and numbers, so a CoreAttention is named by its id; it lives as long as its micro-batch.
+# An operator's arguments are tensors and numbers, so a CoreAttention is named by its number; it lives as long as its micro-batch.
 _sites: weakref.WeakValueDictionary[int, CoreAttention] = weakref.WeakValueDictionary()
 
 

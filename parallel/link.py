@@ -3,19 +3,21 @@
 Over a link: a process group of exactly two, outside of every other group, so that a dead or hung peer closes this link and no
 other (in Gloo one time-out closes all pairs of its group). Each message is a header of fixed size, then one packed payload:
 
-    | header 160 B: kind, step, call, plan digest, shapes, scale, payload bytes, checksum | payload: tensors, each at 16 B |
+    | header 160 B: kind, step, call, plan digest, shapes, scale, payload bytes, checksums | payload: tensors, each at 16 B |
 
-Nothing on the wire is pickled. `LocalLink` has the same three methods for a trainer and a server in one process.
+A checksum covers every byte of both: a wrong scale would be as silent as a wrong row. Nothing on the wire is pickled.
+`LocalLink` has the same three methods for a trainer and a server in one process.
 """
 
 from __future__ import annotations
 
 import queue
 import struct
+import threading
 import zlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
 from typing import Protocol
 
@@ -27,10 +29,12 @@ KIND_NAMES = {PLAN: "plan", FORWARD: "forward", BACKWARD: "backward", REPLY: "re
 DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16, 4: torch.float64}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-HEADER = struct.Struct("<10q2d2q48x")  # magic, nine integers, two floats, size and checksum, room to grow: 160 bytes
+FIELDS = struct.Struct("<10q2d3q")  # magic, nine integers, two floats; received, payload's size and checksum
+HEADER = struct.Struct("<120sI36x")  # the fields, their checksum, room to grow: 160 bytes
 MAGIC = 0x44434131  # "DCA1"; the last byte is the version of this layout
 ALIGNMENT = 16
 FOREVER = timedelta(days=3650)
+OPENING = timedelta(minutes=10)  # for the other end to come; the driver gives up earlier
 MAX_IN_FLIGHT = 8  # sent messages whose buffers are kept; a peer that is this far behind makes the sender wait
 
 
@@ -38,9 +42,13 @@ class LinkError(RuntimeError):
     """The peer is gone, too late, or sent something broken. The link cannot be used any more."""
 
 
+class Damaged(LinkError):
+    """The peer is there, but what arrived is not what it sent."""
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a message is about; fields travel in this order, see HEADER."""
+    """What a message is about; fields travel in this order, see FIELDS. The link itself fills in the last three."""
 
     kind: int
     step: int = 0
@@ -58,24 +66,32 @@ class Header:
     """Code of the rows' dtype, see DTYPES."""
     scale: float = 0.0
     softcap: float = 0.0
+    received: int = 0
+    """Messages that the sender has taken from this link: their buffers are free at the other end."""
     payload_bytes: int = 0
     checksum: int = 0
 
     def pack(self) -> torch.Tensor:
-        words = (
-            MAGIC, self.kind, self.step, self.call, self.digest, self.window, self.query_heads, self.kv_heads, self.head_dim,
-            self.dtype, self.scale, self.softcap, self.payload_bytes, self.checksum,
-        )  # fmt: skip
-        return torch.frombuffer(bytearray(HEADER.pack(*words)), dtype=torch.uint8)
+        fields = FIELDS.pack(MAGIC, *astuple(self))
+        return torch.frombuffer(bytearray(HEADER.pack(fields, zlib.crc32(fields))), dtype=torch.uint8)
 
     @staticmethod
     def unpack(data: torch.Tensor) -> Header:
-        magic, *words = HEADER.unpack(data.numpy().tobytes())
+        fields, check = HEADER.unpack(data.numpy().tobytes())
+        magic, *words = FIELDS.unpack(fields)
         if magic != MAGIC:
-            raise LinkError(
+            raise Damaged(
                 "a message begins with something that is not a DistCA header: both ends must run the same version"
             )
+        if check != zlib.crc32(fields):
+            raise Damaged("a header arrived damaged (checksum)")
         return Header(*words)
+
+    def asks_the_same(self, other: Header) -> bool:
+        """Whether both ask for the same computation; what concerns their links and payloads may differ."""
+        return replace(self, received=0, payload_bytes=0, checksum=0) == replace(
+            other, received=0, payload_bytes=0, checksum=0
+        )
 
 
 class Link(Protocol):
@@ -98,10 +114,11 @@ def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Tensors end to end as bytes, each starting at a multiple of 16: (bytes,) uint8. Its inverse is `unpack`."""
     sizes = [_padded(t.numel() * t.element_size()) for t in tensors]
     device = tensors[0].device if tensors else torch.device("cpu")
-    payload = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+    payload = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     for tensor, part in zip(tensors, payload.split(sizes), strict=True):
-        flat = tensor.reshape(-1)
-        part[: flat.numel() * flat.element_size()].view(tensor.dtype).copy_(flat)
+        size = tensor.numel() * tensor.element_size()
+        part[:size].view(tensor.dtype).copy_(tensor.reshape(-1))
+        part[size:] = 0
     return payload
 
 
@@ -127,7 +144,7 @@ class GroupLink:
     """A link over a two-rank process group: Gloo for headers, Gloo or NCCL for payloads.
 
     Only the end with a finite deadline gives up on its peer; a server waits for work for ever, and learns of a trainer's death
-    because the connection breaks."""
+    because the connection breaks. Several threads may send, one may wait for messages."""
 
     def __init__(
         self,
@@ -142,42 +159,48 @@ class GroupLink:
         self._peer, self._device, self._nccl = 1 - end, device, nccl
         self.name, self.bytes_sent, self.bytes_received = name, 0, 0
         self._timeout = timedelta(seconds=deadline_s) if deadline_s else FOREVER
-        self._headers = _gloo(dist.PrefixStore(f"link/{name}", store), end, address, self._timeout)
+        try:
+            self._headers = _gloo(dist.PrefixStore(f"link/{name}", store), end, address)
+        except RuntimeError as error:
+            raise LinkError(f"link {name}: cannot be opened: {_first_line(error)}") from None
         self._payloads = (
             _nccl(dist.PrefixStore(f"link/{name}/nccl", store), end, self._timeout) if nccl else self._headers
         )
-        self._in_flight: deque[tuple[list, tuple]] = deque()
+        self._sending, self._counting = threading.Lock(), threading.Lock()
+        self._in_flight: deque[tuple[list, tuple]] = deque()  # works and buffers of messages that may not have arrived
+        self._num_freed = self._num_received = 0
 
     def send(self, header: Header, tensors: Sequence[torch.Tensor] = ()) -> None:
-        payload = pack(tensors)
-        if not self._nccl:
-            payload = payload.cpu()
-        head = replace(header, payload_bytes=payload.numel(), checksum=checksum(payload)).pack()
-        try:
-            while len(self._in_flight) >= MAX_IN_FLIGHT:
-                self._wait_oldest()
-            works = [self._headers.send([head], self._peer, 0)]
-            if payload.numel():
-                works.append(self._payloads.send([payload], self._peer, 1))
-        except RuntimeError as error:
-            raise LinkError(f"link {self.name}: cannot send: {_first_line(error)}") from None
-        self._in_flight.append((works, (head, payload)))
-        self.bytes_sent += head.numel() + payload.numel()
+        payload = pack(tensors).to(self._device if self._nccl else "cpu")
+        header = replace(header, payload_bytes=payload.numel(), checksum=checksum(payload))
+        with self._sending:  # a header and its payload stay together
+            head = replace(header, received=self._num_received).pack()
+            try:
+                self._wait_arrived(self._num_freed + len(self._in_flight) - MAX_IN_FLIGHT + 1)
+                works = [self._headers.send([head], self._peer, 0)]
+                if payload.numel():
+                    works.append(self._payloads.send([payload], self._peer, 1))
+            except RuntimeError as error:
+                raise LinkError(f"link {self.name}: cannot send: {_first_line(error)}") from None
+            self._in_flight.append((works, (head, payload)))
+            self.bytes_sent += head.numel() + payload.numel()
 
     def wait_message(self) -> tuple[Header, torch.Tensor]:
         try:
             head = torch.empty(HEADER.size, dtype=torch.uint8)
-            self._headers.recv([head], self._peer, 0).wait()
+            self._headers.recv([head], self._peer, 0).wait(self._timeout)
             header = Header.unpack(head)
             payload = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._device if self._nccl else "cpu")
             if header.payload_bytes:
-                self._payloads.recv([payload], self._peer, 1).wait()
-        except LinkError:
-            raise
+                self._payloads.recv([payload], self._peer, 1).wait(self._timeout)
+            self._wait_arrived(header.received)
+        except Damaged as error:
+            raise Damaged(f"link {self.name}: {error}") from None
         except RuntimeError as error:
             raise LinkError(f"link {self.name}: no message: {_first_line(error)}") from None
         if checksum(payload) != header.checksum:
-            raise LinkError(f"link {self.name}: a {KIND_NAMES.get(header.kind)} message arrived damaged (checksum)")
+            raise Damaged(f"link {self.name}: a {KIND_NAMES.get(header.kind)} message arrived damaged (checksum)")
+        self._num_received += 1
         self.bytes_received += head.numel() + payload.numel()
         return header, payload.to(self._device)
 
@@ -185,38 +208,48 @@ class GroupLink:
         self._in_flight.clear()
         self._headers = self._payloads = None
 
-    def _wait_oldest(self) -> None:
-        works, _buffers = self._in_flight.popleft()
-        for work in works:
-            work.wait()
+    def _wait_arrived(self, num_messages: int) -> None:
+        """Free the buffers of the first `num_messages` messages ever sent, once they have arrived."""
+        while True:
+            with self._counting:
+                if self._num_freed >= num_messages or not self._in_flight:
+                    return
+                works, _buffers = self._in_flight.popleft()
+                self._num_freed += 1
+            for work in works:
+                work.wait(self._timeout)
 
 
 class LocalLink:
     """A link inside one process. Rows are copied, as over a wire, so that neither end sees the other's later changes."""
 
-    def __init__(self, inbox: queue.SimpleQueue, outbox: queue.SimpleQueue):
-        self._inbox, self._outbox = inbox, outbox
+    def __init__(self, inbox: queue.SimpleQueue, outbox: queue.SimpleQueue, deadline_s: float | None = None):
+        self._inbox, self._outbox, self._deadline_s = inbox, outbox, deadline_s
         self.bytes_sent = self.bytes_received = 0  # nothing crosses a wire
 
     @staticmethod
-    def pair() -> tuple[LocalLink, LocalLink]:
+    def pair(deadline_s: float | None = None) -> tuple[LocalLink, LocalLink]:
+        """The trainer's end, which gives up after `deadline_s`, and the server's, which never does."""
         there, back = queue.SimpleQueue(), queue.SimpleQueue()
-        return LocalLink(back, there), LocalLink(there, back)
+        return LocalLink(back, there, deadline_s), LocalLink(there, back)
 
     def send(self, header: Header, tensors: Sequence[torch.Tensor] = ()) -> None:
         payload = pack(tensors)
         self._outbox.put((replace(header, payload_bytes=payload.numel()), payload))
 
     def wait_message(self) -> tuple[Header, torch.Tensor]:
-        return self._inbox.get()
+        try:
+            return self._inbox.get(timeout=self._deadline_s)
+        except queue.Empty:
+            raise LinkError(f"no message within {self._deadline_s:g} s") from None
 
     def close(self) -> None:
         pass
 
 
-def _gloo(store: dist.Store, end: int, address: str, timeout: timedelta) -> dist.ProcessGroupGloo:
+def _gloo(store: dist.Store, end: int, address: str) -> dist.ProcessGroupGloo:
     options = dist.ProcessGroupGloo._Options()
-    options._timeout, options._threads = timeout, 1
+    options._timeout, options._threads = OPENING, 1
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
     return dist.ProcessGroupGloo(store, end, 2, options)
 

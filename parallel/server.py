@@ -16,14 +16,26 @@ import queue
 import threading
 import time
 import traceback
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 
 import torch
 
 from distca.kernels.attention import attend, attend_backward
 from distca.kernels.merge import statistics_dtype
-from distca.parallel.link import BACKWARD, DTYPES, FAILURE, FORWARD, PLAN, REPLY, STOP, Header, Link, LinkError, unpack
+from distca.parallel.link import (
+    BACKWARD,
+    DTYPES,
+    FAILURE,
+    FORWARD,
+    PLAN,
+    REPLY,
+    STOP,
+    Damaged,
+    Header,
+    Link,
+    LinkError,
+    unpack,
+)
 from distca.plan import PlanInputs, combined_digest
 from distca.planner import plan_step
 from distca.routes import ServerRoute, TrainerRows, routes_of
@@ -31,7 +43,6 @@ from distca.routes import ServerRoute, TrainerRows, routes_of
 # Shape suffixes: S rows of queries on the server, C rows of keys on the server, H query heads, G key/value heads, D head size.
 
 logger = logging.getLogger(__name__)
-PLANS_KEPT = 4  # micro-batches; trainers are at most one apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +64,10 @@ class AttentionServer:
     def __init__(self, number: int, backend: str, device: torch.device):
         self._number, self._backend, self._device = number, backend, device
         self._links: dict[int, Link] = {}
-        self._lock = threading.Lock()
-        self._routes: OrderedDict[int, dict[int, ServerRoute]] = OrderedDict()  # micro-batch -> mask window -> route
+        self._lock = threading.Lock()  # of the state below; nothing slow happens under it
+        self._planning = threading.Lock()
+        self._routes: dict[int, dict[int, ServerRoute]] = {}  # micro-batch -> mask window -> route
+        self._announced: dict[int, int] = {}  # rank -> the micro-batch it is in
         self._waiting: dict[tuple[int, int, int], dict[int, tuple[Header, torch.Tensor]]] = {}
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
         self._report = ServerReport()
@@ -90,6 +103,8 @@ class AttentionServer:
                     self._take(rank, header, payload)
                 except Exception as error:  # whatever it is, trainers must hear of it rather than wait
                     self._fail(header, error)
+        except Damaged as error:
+            self._fail(Header(FAILURE), error)
         except LinkError as error:
             logger.info("server %d: trainer %d has left: %s", self._number, rank, error)
 
@@ -100,7 +115,8 @@ class AttentionServer:
         assert header.kind in (FORWARD, BACKWARD), f"a server cannot answer a message of kind {header.kind}"
         key = (header.step, header.call, header.kind)
         with self._lock:
-            route = self._routes[header.step][header.window]
+            route = self._routes.get(header.step, {}).get(header.window)
+            assert route, f"trainer {rank} calls micro-batch {header.step}, window {header.window}: nobody announced it"
             parts = self._waiting.setdefault(key, {})
             parts[rank] = (header, payload)
             if len(parts) < len(route.links):
@@ -111,16 +127,29 @@ class AttentionServer:
     def _take_plan(self, rank: int, header: Header, payload: torch.Tensor) -> None:
         inputs = PlanInputs.from_words(payload.cpu().view(torch.int64).numpy())
         with self._lock:
-            if header.step not in self._routes:
-                routes = {rule.window: routes_of(plan_step(inputs, rule)) for rule in inputs.rules}
-                self._routes[header.step] = {w: r.of_server(self._number) for w, r in routes.items()}
-                while len(self._routes) > PLANS_KEPT:
-                    self._routes.popitem(last=False)
-            digest = combined_digest([r.digest for r in self._routes[header.step].values()])
+            self._announced[rank] = header.step
+        with self._planning:  # the first to announce has it planned, the others find the plan
+            routes = self._routes.get(header.step)
+            if routes is None:
+                made = {rule.window: routes_of(plan_step(inputs, rule)) for rule in inputs.rules}
+                routes = {window: r.of_server(self._number) for window, r in made.items()}
+                with self._lock:
+                    self._routes[header.step] = routes
+        digest = combined_digest([r.digest for r in routes.values()])
+        self._forget_plans(inputs.num_ranks)
         assert digest == header.digest, (
             f"trainer {rank} and server {self._number} made different plans for micro-batch {header.step} "
             f"({header.digest:016x} and {digest:016x}): they see different documents or run different versions"
         )
+
+    def _forget_plans(self, num_ranks: int) -> None:
+        """Drop the micro-batches that every trainer has left: between optimizer steps one may be many ahead of another."""
+        with self._lock:
+            if len(self._announced) < num_ranks:
+                return
+            oldest = min(self._announced.values())
+            self._routes = {step: routes for step, routes in self._routes.items() if step >= oldest}
+            self._waiting = {key: parts for key, parts in self._waiting.items() if key[0] >= oldest}
 
     def _compute_forever(self) -> None:
         while True:
@@ -133,10 +162,8 @@ class AttentionServer:
     def _compute(self, route: ServerRoute, parts: dict[int, tuple[Header, torch.Tensor]]) -> None:
         header = next(iter(parts.values()))[0]
         for rank, (other, _) in parts.items():
-            same = replace(other, digest=route.digest, payload_bytes=0, checksum=0) == replace(
-                header, payload_bytes=0, checksum=0
-            )
-            assert same and other.digest == route.digest, f"trainer {rank} follows another plan or calls another layer"
+            same = other.asks_the_same(header) and other.digest == route.digest
+            assert same, f"trainer {rank} follows another plan or calls another layer: {other}, not {header}"
         rows = self._assemble(route, header, parts)
         start = time.perf_counter()
         options = dict(scale=header.scale, softcap=header.softcap, backend=self._backend)
@@ -175,9 +202,9 @@ class AttentionServer:
         logger.error("server %d cannot answer:\n%s", self._number, traceback.format_exc())
         text = f"attention server {self._number}: {type(error).__name__}: {error}"
         data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        for link in self._links.values():
+        for link in list(self._links.values()):
             try:
-                link.send(replace(header, kind=FAILURE, dtype=len(data)), [data])
+                link.send(replace(header, kind=FAILURE), [data])
             except LinkError:
                 pass  # that trainer is gone too, there is nobody left to tell
 

@@ -1,0 +1,301 @@
+"""Whole runs, as a user starts them: the `distca` command, its Ray, its workers, what they leave on disk, and every way to end.
+
+Runs of the same settings share one uninterrupted run as their truth; each interrupted run is resumed in one of several ways."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import transformers
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distca.config import load_settings
+from distca.launch.data import Corpus, DocumentStream
+from distca.launch.prepare import prepare
+from distca.launch.publish import newest
+from distca.metrics import METRICS
+from distca.order import Cursor
+
+pytestmark = pytest.mark.slow
+
+DISTCA = str(Path(sys.executable).with_name("distca"))
+MARK = "DISTCA_TEST_RUN"  # in the environment of a command and of all that it starts
+STEPS, EVERY, KEEP = 16, 3, 2
+START_S, END_S = 200, 15
+NOT_YET = {"data/cut_documents"}
+MODEL = dict(
+    model_type="llama",
+    vocab_size=259,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+)
+
+
+def write_run_file(folder: Path, name: str) -> Path:
+    text = f"{sysconfig.get_path('stdlib')}/t[a-e]*.py"
+    values = dict(
+        name=name,
+        model=dict(config=MODEL),
+        data=dict(sources=[dict(path=text, format="text")], cache=str(folder / "cache")),
+        train=dict(tokens_per_step=2048, steps=STEPS, precision="fp32", optimizer=dict(learning_rate=3e-3)),
+        parallel=dict(trainers=2, servers=2, trainers_serve=False),
+        checkpoint=dict(every_steps=EVERY, keep=KEEP),
+        monitor=dict(folder=str(folder / "runs"), images_every=8),
+    )
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@dataclass
+class Ended:
+    """A command that is over."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Command:
+    """A `distca` command in a process group of its own."""
+
+    def __init__(self, folder: Path, *arguments):
+        self.mark = uuid.uuid4().hex
+        self._out, self._err = folder / f"{self.mark}.out", folder / f"{self.mark}.err"
+        with open(self._out, "w") as out, open(self._err, "w") as err:
+            environment = os.environ | {MARK: self.mark}
+            self.process = subprocess.Popen(
+                [DISTCA, *map(str, arguments)], stdout=out, stderr=err, env=environment, start_new_session=True
+            )
+
+    def end(self) -> Ended:
+        code = self.process.wait(timeout=START_S)
+        return Ended(code, self._out.read_text(), self._err.read_text())
+
+    def processes(self) -> list[psutil.Process]:
+        """All that it started and that is still there."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def worker(self, name: str) -> psutil.Process:
+        """The process that prints into the log of this name."""
+        for process in self.processes():
+            try:
+                if os.readlink(f"/proc/{process.pid}/fd/1").endswith(f"/logs/{name}.txt"):
+                    return process
+            except OSError:
+                continue
+        raise AssertionError(f"no process prints into {name}.txt")
+
+    def assert_nothing_survives(self) -> None:
+        wait_until(lambda: not self.processes(), END_S, lambda: f"left over: {self.processes()}")
+
+
+def distca(folder: Path, *arguments) -> Ended:
+    command = Command(folder, *arguments)
+    ended = command.end()
+    command.assert_nothing_survives()
+    return ended
+
+
+def wait_until(true, seconds, what):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, what()
+        time.sleep(0.02)
+
+
+def only_run(folder: Path, name: str) -> Path:
+    (run,) = (folder / "runs").glob(f"{name}-*")
+    return run
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Exact, by step; a step that was done twice counts as it was the last time."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records}
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def assert_one_sentence(ended: Ended, code: int) -> str:
+    """A message for people and nothing else; returns it."""
+    assert ended.code == code, f"{ended.code}\n{ended.out}\n{ended.err}"
+    (line,) = ended.err.splitlines()
+    assert line.startswith("distca: ") and "Traceback" not in ended.out
+    return line
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run that nobody disturbs: (its folder, what the command said)."""
+    before = shared_memory()
+    ended = distca(folder, "train", write_run_file(folder, "whole"))
+    assert ended.code == 0, ended.out + ended.err
+    assert shared_memory() <= before
+    return only_run(folder, "whole"), ended
+
+
+def interrupted(folder: Path, name: str, interrupt) -> tuple[Path, Command, Ended]:
+    """A run to which `interrupt(command)` happens in some step after the first two checkpoints."""
+    command = Command(folder, "train", write_run_file(folder, name))
+    try:
+        wait_until(lambda: list((folder / "runs").glob(f"{name}-*/metrics.jsonl")), START_S, lambda: "no run began")
+        run = only_run(folder, name)
+        wait_until(lambda: len(losses(run)) > 2 * EVERY, START_S, lambda: f"only {losses(run)}")
+        interrupt(command)
+        ended = command.end()
+        command.assert_nothing_survives()
+    finally:
+        for process in command.processes():
+            process.kill()
+    assert len(losses(run)) < STEPS, "it had ended before it was interrupted"
+    return run, command, ended
+
+
+def resumed(folder: Path, run: Path, *overrides) -> Ended:
+    ended = distca(folder, "resume", run, *overrides)
+    assert ended.code == 0, ended.out + ended.err
+    assert len(losses(run)) == STEPS
+    return ended
+
+
+def test_a_run_learns_and_says_where_it_is(whole):
+    run, ended = whole
+    found = losses(run)
+    assert list(found) == list(range(1, STEPS + 1))
+    assert found[STEPS] < 0.9 * found[1]
+    assert ended.err == ""
+    assert f"the run is in {run}" in ended.out and f"tensorboard.main --logdir {run}" in ended.out
+    assert ended.out.count("\nstep ") == STEPS + 1, "a line per step, and one that says what a step is"
+    assert load_settings(run / "run.yaml").train.steps == STEPS
+
+
+def test_a_run_keeps_its_newest_checkpoints_and_nothing_unfinished(whole):
+    run, _ = whole
+    assert checkpoints(run) == ["latest", "step-000015", "step-000016"]
+    assert newest(run / "checkpoints", strict=True).step == STEPS
+    events = (run / "events.txt").read_text().splitlines()
+    assert [line.split("checkpoint of ")[1] for line in events] == [
+        f"step {step} published" for step in (3, 6, 9, 12, 15, 16)
+    ]
+    hidden = [path for path in run.rglob(".*")]
+    assert not hidden
+
+
+def test_tensorboard_has_every_documented_tag_and_the_pictures(whole):
+    run, _ = whole
+    seen = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "tensors": 0, "scalars": 0})
+    seen.Reload()
+    documented = {metric.tag for metric in METRICS} - NOT_YET
+    busy = "cad/server_busy_s"
+    assert set(seen.Tags()["scalars"]) == documented - {busy} | {f"{busy}/0", f"{busy}/1"}
+    assert [e.step for e in seen.Scalars("train/loss")] == list(range(1, STEPS + 1))
+    assert all(e.value > 0 for n in (0, 1) for e in seen.Scalars(f"{busy}/{n}"))
+    for tag in ("data/document_lengths", "cad/server_load"):
+        assert [image.step for image in seen.Images(tag)] == [1, 8, 16]
+    texts = {"run/settings/text_summary", "run/versions/text_summary", "run/events/text_summary"}
+    assert texts | {"custom_scalars__config__"} <= set(seen.Tags()["tensors"])
+
+
+def test_sigterm_publishes_a_checkpoint_and_resume_goes_on_bit_for_bit(folder, whole):
+    run, _, ended = interrupted(folder, "stopped", lambda command: command.process.send_signal(signal.SIGTERM))
+    sentence = assert_one_sentence(ended, 75)
+    last = max(losses(run))
+    assert f"distca resume {run}" in sentence and f"step {last}" in sentence
+    assert newest(run / "checkpoints", strict=True).step == last
+    resumed(folder, run)
+    assert losses(run) == losses(whole[0])
+
+
+def test_ctrl_c_in_a_terminal_stops_in_the_same_way(folder, whole):
+    """A terminal sends it to all processes of the command, workers too."""
+    run, _, ended = interrupted(folder, "ctrl-c", lambda command: os.killpg(command.process.pid, signal.SIGINT))
+    assert_one_sentence(ended, 75)
+    assert newest(run / "checkpoints", strict=True).step == max(losses(run))
+    assert losses(run).items() < losses(whole[0]).items(), "the same settings, the same bits"
+
+
+def test_after_sigkill_of_the_driver_and_a_broken_checkpoint_the_one_before_gives_the_same_bits(folder, whole):
+    before = shared_memory()
+    run, _, ended = interrupted(folder, "killed", lambda command: command.process.kill())
+    assert ended.code == -signal.SIGKILL
+    assert shared_memory() <= before
+    last = newest(run / "checkpoints").path
+    file = next(last.glob("deepspeed/*_optim_states.pt"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    said = resumed(folder, run).out
+    assert f"{file}: its bytes have changed" in said
+    assert "going back to the checkpoint of step" in said
+    assert losses(run) == losses(whole[0])
+
+
+def test_a_killed_server_is_one_sentence_and_another_number_of_servers_goes_on(folder, whole):
+    run, _, ended = interrupted(folder, "no-server", lambda command: command.worker("server-1").kill())
+    assert "server 1" in assert_one_sentence(ended, 1)
+    resumed(folder, run, "--parallel.servers", "1", "--parallel.trainers-serve", "true")
+    assert losses(run) == pytest.approx(losses(whole[0]), rel=1e-5)
+    assert load_settings(run / "run.yaml").parallel.servers == 1
+
+
+def test_a_killed_trainer_is_one_sentence(folder):
+    _, _, ended = interrupted(folder, "no-trainer", lambda command: command.worker("trainer-1").kill())
+    assert "lost trainer 1 while running step" in assert_one_sentence(ended, 1)
+
+
+def test_an_exported_model_has_the_loss_that_the_run_would_have_next(folder, whole):
+    """The run goes on for one step with its own weights; Transformers computes the same documents with the exported ones."""
+    out, run = folder / "exported", folder / "runs" / "longer"
+    ended = distca(folder, "export", whole[0], out)
+    assert ended.code == 0, ended.err
+    shutil.copytree(whole[0], run)
+    assert distca(folder, "resume", run, "--train.steps", STEPS + 1).code == 0
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    settings, cursor = load_settings(whole[0] / "run.yaml"), newest(whole[0] / "checkpoints").facts["cursor"]
+    stream = DocumentStream(Corpus(prepare(settings.data, 259)), settings.data, settings.seed, 2048)
+    pieces, _ = stream.pieces(Cursor(*cursor))
+    total, targets = 0.0, 0
+    for at in zip(pieces.source, pieces.row, pieces.start, pieces.end, strict=True):
+        ids = torch.from_numpy(stream.corpus.tokens(*map(int, at)))[None]
+        if ids.shape[1] > 1:
+            with torch.no_grad():
+                total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            targets += ids.shape[1] - 1
+    assert total / targets == pytest.approx(losses(run)[STEPS + 1], rel=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained(out)("ab").input_ids == [100, 101, 1]

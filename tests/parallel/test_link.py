@@ -1,0 +1,329 @@
+"""A link carries bytes exactly or says that it did not: between two real processes over Gloo, and within one."""
+
+import ast
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distca.parallel import link as link_module
+from distca.parallel.link import FORWARD, PLAN, REPLY, Damaged, GroupLink, Header, LinkError, LocalLink, pack, unpack
+
+ADDRESS, TRAINER, SERVER = "127.0.0.1", 0, 1
+LOWEST, HIGHEST = -(2**63), 2**63 - 1
+ANSWER_S = 30
+words = st.one_of(st.sampled_from([LOWEST, -1, 0, 1, HIGHEST]), st.integers(LOWEST, HIGHEST))
+floats = st.floats(allow_nan=False)
+
+
+# ---- headers and payloads ----
+
+
+@settings(deadline=None)
+@given(st.lists(words, min_size=9, max_size=9), floats, floats, st.lists(words, min_size=3, max_size=3))
+def test_a_header_survives_the_wire_whatever_it_holds(integers, scale, softcap, last):
+    header = Header(*integers, scale, softcap, *last)
+    packed = header.pack()
+    assert packed.dtype == torch.uint8 and packed.numel() == link_module.HEADER.size == 160
+    assert Header.unpack(packed) == header
+
+
+@given(st.integers(0, 119), st.integers(0, 7))
+def test_any_flipped_bit_of_a_header_is_noticed(byte, bit):
+    """A wrong scale or window computes as smoothly as the right one."""
+    packed = Header(FORWARD, 3, 5, 7, 0, 8, 2, 64, 1, 0.125, 0.0, 0, 1024, 99).pack()
+    packed[byte] ^= 1 << bit
+    with pytest.raises(Damaged):
+        Header.unpack(packed)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]),
+            st.lists(st.integers(0, 7), min_size=1, max_size=3).map(tuple),
+        ),
+        max_size=6,
+    )
+)
+@settings(deadline=None)
+def test_unpack_gives_back_what_pack_took(like):
+    tensors = [torch.randint(0, 100, shape).to(dtype) for dtype, shape in like]
+    payload = pack(tensors)
+    assert payload.dtype == torch.uint8 and payload.numel() % link_module.ALIGNMENT == 0
+    again = unpack(payload, [(tuple(t.shape), t.dtype) for t in tensors])
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(again, tensors, strict=True))
+
+
+def test_pack_takes_rows_that_are_not_contiguous():
+    x = torch.arange(60.0).view(3, 4, 5).transpose(0, 2)
+    assert torch.equal(unpack(pack([x]), [((5, 4, 3), torch.float32)])[0], x)
+
+
+def test_a_payload_of_another_size_than_the_plan_says_is_refused():
+    with pytest.raises(LinkError, match="has 16 bytes, the plan says 32"):
+        unpack(pack([torch.ones(3)]), [((5,), torch.float32)])
+
+
+def test_nothing_on_the_wire_is_pickled():
+    """A message is a fixed header and raw bytes; the three files that touch messages know no way to rebuild objects."""
+    folder = Path(link_module.__file__).parent
+    for name in ("link.py", "server.py", "core_attention.py"):
+        for node in ast.walk(ast.parse((folder / name).read_text())):
+            names = [a.name for a in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [node.attr] if isinstance(node, ast.Attribute) else []
+            bad = {"pickle", "marshal", "dill", "cloudpickle", "load", "loads", "save", "eval", "exec"}
+            assert not bad & {part for n in names for part in n.split(".")} and not any("_object" in n for n in names)
+
+
+# ---- two processes ----
+
+
+class Peer:
+    """Another process; it opens links as told and answers every message with its own bytes."""
+
+    def __init__(self, folder: Path):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["distca.parallel.link", "psutil"])
+        self._store = folder / f"store-{time.monotonic_ns()}"
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_peer, args=(theirs, str(self._store)), daemon=True)
+        self.process.start()
+
+    def ask(self, *command):
+        self._pipe.send(command)
+        assert self._pipe.poll(ANSWER_S), f"no answer to {command}"
+        return self._pipe.recv()
+
+    def open(self, name="link", end=TRAINER, deadline_s=None, peer_deadline_s=None) -> GroupLink:
+        """Our end of a new link; with `end` the role that we play."""
+        self._pipe.send(("open", name, 1 - end, peer_deadline_s))
+        ours = _open(str(self._store), name, end, deadline_s)
+        assert self._pipe.poll(ANSWER_S) and self._pipe.recv() is None
+        return ours
+
+    def end(self):
+        if self.process.is_alive():
+            self.process.kill()  # works on a stopped process too
+        self.process.join()
+
+
+@contextmanager
+def peers(folder: Path, number: int):
+    with ExitStack() as stack:
+        made = [Peer(folder) for _ in range(number)]
+        for peer in made:
+            stack.callback(peer.end)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    with peers(tmp_path_factory.mktemp("link"), 1) as (made,):
+        yield made
+
+
+@pytest.fixture
+def link(peer, request):
+    return peer.open(request.node.name, deadline_s=ANSWER_S)
+
+
+def _open(store: str, name: str, end: int, deadline_s: float | None) -> GroupLink:
+    return GroupLink(dist.FileStore(store, 2), name, end, ADDRESS, deadline_s, torch.device("cpu"))
+
+
+def _peer(pipe, store: str) -> None:
+    links = {}
+    while True:
+        command, *arguments = pipe.recv()
+        answer = None
+        if command == "open":
+            name, end, deadline_s = arguments
+            links[name] = _open(store, name, end, deadline_s)
+            threading.Thread(target=_echo, args=(links[name],), daemon=True).start()
+        elif command == "send later":
+            name, seconds = arguments
+            threading.Timer(seconds, links[name].send, [Header(PLAN, step=9)]).start()
+        elif command == "send raw":
+            name, head, payload = arguments
+            works = [links[name]._headers.send([torch.tensor(head, dtype=torch.uint8)], links[name]._peer, 0)]
+            works.append(links[name]._payloads.send([torch.tensor(payload, dtype=torch.uint8)], links[name]._peer, 1))
+            links[name].kept = works
+        elif command == "listening":
+            found = psutil.Process().net_connections("tcp")
+            answer = [c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN]
+        pipe.send(answer)
+
+
+def _echo(link: GroupLink) -> None:
+    """Take messages on one thread and answer on another, as a server does."""
+    taken = queue.SimpleQueue()
+    threading.Thread(target=_answer, args=(link, taken), daemon=True).start()
+    try:
+        while True:
+            taken.put(link.wait_message())
+    except LinkError:
+        return
+
+
+def _answer(link: GroupLink, taken: queue.SimpleQueue) -> None:
+    try:
+        while True:
+            header, payload = taken.get()
+            link.send(replace(header, kind=REPLY), [payload] if payload.numel() else [])
+    except LinkError:
+        return
+
+
+@pytest.mark.parametrize("size", [0, 1, 160, 20_000_000], ids="{} bytes".format)
+def test_messages_of_any_size_come_back_as_they_left(link, size):
+    data = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    expected = data.clone()
+    link.send(Header(FORWARD, step=1, call=size, scale=0.1), [data] if size else [])
+    data.zero_()  # the sender may go on with its tensors
+    header, payload = link.wait_message()
+    assert (header.kind, header.step, header.call, header.scale) == (REPLY, 1, size, 0.1)
+    assert torch.equal(payload[:size], expected) and payload.numel() == -(-size // 16) * 16
+    assert not payload[size:].any()
+    assert link.bytes_sent == link.bytes_received == 160 + payload.numel()
+
+
+def test_many_messages_may_be_under_way(link):
+    for number in range(200):
+        link.send(Header(FORWARD, call=number), [torch.full((number,), float(number))])
+    for number in range(200):
+        header, payload = link.wait_message()
+        (rows,) = unpack(payload, [((number,), torch.float32)])
+        assert header.call == number and (rows == number).all()
+
+
+def test_an_answer_frees_the_buffers_of_its_question(link):
+    """Eight messages of a long context would be gigabytes that nobody needs any more."""
+    for _ in range(5):
+        link.send(Header(FORWARD), [torch.zeros(1000)])
+        assert len(link._in_flight) == 1
+        link.wait_message()
+        assert len(link._in_flight) == 0
+
+
+def test_threads_may_send_at_the_same_time_and_no_header_loses_its_payload(link):
+    def send(number):
+        for _ in range(20):
+            link.send(Header(FORWARD, call=number), [torch.full((number * 1000,), float(number))])
+
+    threads = [threading.Thread(target=send, args=(n,)) for n in range(1, 4)]
+    [thread.start() for thread in threads]
+    for _ in range(60):
+        header, payload = link.wait_message()
+        (rows,) = unpack(payload, [((header.call * 1000,), torch.float32)])
+        assert (rows == header.call).all()
+    [thread.join() for thread in threads]
+
+
+def corrupted(where: str) -> tuple[list[int], list[int]]:
+    """A message's header and payload with one bit flipped."""
+    payload = pack([torch.arange(1000.0)])
+    header = Header(REPLY, payload_bytes=payload.numel(), checksum=link_module.checksum(payload)).pack()
+    (payload if where == "payload" else header)[{"payload": 1234, "header": 17, "magic": 0}[where]] ^= 1
+    return header.tolist(), payload.tolist()
+
+
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [("payload", r"reply message .*\(checksum\)"), ("header", r"header .*\(checksum\)"), ("magic", "the same version")],
+)
+def test_one_flipped_bit_is_caught_and_the_link_named(peer, where, sentence):
+    link = peer.open(f"flipped {where}", deadline_s=ANSWER_S)
+    peer.ask("send raw", f"flipped {where}", *corrupted(where))
+    with pytest.raises(Damaged, match=f"link flipped {where}: .*{sentence}"):
+        link.wait_message()
+
+
+def test_nothing_listens_beyond_loopback(peer, link):
+    assert set(peer.ask("listening")) == {ADDRESS}
+
+
+def test_a_server_end_waits_without_limit(peer):
+    link = peer.open("patient", end=SERVER, peer_deadline_s=ANSWER_S)
+    peer.ask("send later", "patient", 1.5)
+    header, payload = link.wait_message()
+    assert (header.kind, header.step, payload.numel()) == (PLAN, 9, 0)
+
+
+@pytest.mark.parametrize("end", [TRAINER, SERVER], ids=["seen by a trainer", "seen by a server"])
+def test_a_killed_peer_ends_its_link_at_once_and_no_other(tmp_path, end):
+    with peers(tmp_path, 2) as (dies, lives):
+        lost, kept = dies.open(end=end, deadline_s=20 if end == TRAINER else None), lives.open(deadline_s=20)
+        threading.Timer(0.3, os.kill, [dies.process.pid, signal.SIGKILL]).start()
+        start = time.monotonic()
+        with pytest.raises(LinkError, match="link link: no message"):
+            lost.wait_message()
+        assert time.monotonic() - start < 2
+        with pytest.raises(LinkError, match="cannot send"):
+            for _ in range(20):
+                lost.send(Header(PLAN), [torch.zeros(1000)])
+        assert echoed(kept)
+
+
+def test_a_stopped_peer_is_given_up_after_the_deadline_and_no_other(tmp_path):
+    with peers(tmp_path, 2) as (hangs, lives):
+        lost, kept = hangs.open(deadline_s=1.0), lives.open(deadline_s=20)
+        os.kill(hangs.process.pid, signal.SIGSTOP)
+        lost.send(Header(FORWARD), [torch.zeros(1000)])
+        start = time.monotonic()
+        with pytest.raises(LinkError, match="Timed out"):
+            lost.wait_message()
+        assert 0.9 < time.monotonic() - start < 3
+        assert echoed(kept)
+
+
+def test_sending_to_a_stopped_peer_ends_at_the_deadline_too(tmp_path):
+    with peers(tmp_path, 1) as (hangs,):
+        lost = hangs.open(deadline_s=1.0)
+        os.kill(hangs.process.pid, signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(LinkError, match="cannot send"):
+            for _ in range(link_module.MAX_IN_FLIGHT + 1):
+                lost.send(Header(FORWARD), [torch.zeros(100_000)])
+        assert 0.9 < time.monotonic() - start < 3
+
+
+def echoed(link: GroupLink) -> bool:
+    start = time.monotonic()
+    link.send(Header(FORWARD, call=4), [torch.ones(10)])
+    return link.wait_message()[0].call == 4 and time.monotonic() - start < 1
+
+
+# ---- one process ----
+
+
+def test_a_local_link_copies_rows():
+    trainer, server = LocalLink.pair()
+    rows = torch.ones(3)
+    trainer.send(Header(FORWARD), [rows])
+    rows.zero_()
+    header, payload = server.wait_message()
+    assert header.payload_bytes == payload.numel() == 16
+    assert unpack(payload, [((3,), torch.float32)])[0].tolist() == [1, 1, 1]
+
+
+def test_the_trainers_end_of_a_local_link_has_a_deadline():
+    """A server in place waits for other trainers' rows; when one hangs, the trainer beside the server must notice."""
+    trainer, server = LocalLink.pair(0.2)
+    threading.Timer(0.4, trainer.send, [Header(PLAN)]).start()
+    with pytest.raises(LinkError, match=r"within 0\.2 s"):
+        trainer.wait_message()
+    assert server.wait_message()[0].kind == PLAN
