@@ -339,7 +339,7 @@ def _missing(column: str, available: Iterable[str]) -> Problem:
 
 
 def _unreadable(error: Exception) -> Problem:
-    return Problem("unreadable", f"cannot be read: {_first_line(error)}")
+    return Problem("unreadable", f"cannot be read: {_first_line(error).rstrip('.')}")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,10 +1,9 @@
-"""Whole runs, as a user starts them: the `distca` command, its Ray, its workers, what they leave on disk, and every way to end.
+"""Whole runs, as a user starts them: the `distca` command, its Ray, its workers, what they leave, and every way to end.
 
-Runs of the same settings share one uninterrupted run as their truth; each interrupted run is resumed in one of several ways."""
+One uninterrupted run is the truth; runs of the same settings are interrupted, and resumed in one way or another."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -231,14 +230,41 @@ def test_tensorboard_has_every_documented_tag_and_the_pictures(whole):
     assert texts | {"custom_scalars__config__"} <= set(seen.Tags()["tensors"])
 
 
-def test_sigterm_publishes_a_checkpoint_and_resume_goes_on_bit_for_bit(folder, whole):
+@pytest.fixture(scope="module")
+def stopped(folder):
+    """SIGTERM stopped it; it was exported as it stood and resumed: (its folder, the checkpoint then, what resume said)."""
     run, _, ended = interrupted(folder, "stopped", lambda command: command.process.send_signal(signal.SIGTERM))
-    sentence = assert_one_sentence(ended, 75)
-    last = max(losses(run))
+    sentence, last = assert_one_sentence(ended, 75), max(losses(run))
     assert f"distca resume {run}" in sentence and f"step {last}" in sentence
-    assert newest(run / "checkpoints", strict=True).step == last
-    resumed(folder, run)
+    checkpoint = newest(run / "checkpoints", strict=True)
+    assert checkpoint.step == last
+    exported = distca(folder, "export", run, folder / "exported")
+    assert exported.code == 0 and f"step {last} exported" in exported.out, exported.err
+    return run, checkpoint, resumed(folder, run)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(stopped, whole):
+    run, checkpoint, ended = stopped
+    assert f"after step {checkpoint.step}" in ended.out
     assert losses(run) == losses(whole[0])
+
+
+def test_an_exported_model_has_the_loss_that_the_run_has_next(folder, stopped):
+    """The run goes on with its own weights; Transformers computes the next step's documents with the exported ones."""
+    run, checkpoint, _ = stopped
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "exported")
+    settings = load_settings(run / "run.yaml")
+    stream = DocumentStream(Corpus(prepare(settings.data, 259)), settings.data, settings.seed, 2048)
+    pieces, _ = stream.pieces(Cursor(*checkpoint.facts["cursor"]))
+    total, targets = 0.0, 0
+    for at in zip(pieces.source, pieces.row, pieces.start, pieces.end, strict=True):
+        ids = torch.from_numpy(stream.corpus.tokens(*map(int, at)))[None]
+        if ids.shape[1] > 1:
+            with torch.no_grad():
+                total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            targets += ids.shape[1] - 1
+    assert total / targets == pytest.approx(losses(run)[checkpoint.step + 1], rel=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained(folder / "exported")("ab").input_ids == [100, 101, 1]
 
 
 def test_ctrl_c_in_a_terminal_stops_in_the_same_way(folder, whole):
@@ -276,26 +302,3 @@ def test_a_killed_server_is_one_sentence_and_another_number_of_servers_goes_on(f
 def test_a_killed_trainer_is_one_sentence(folder):
     _, _, ended = interrupted(folder, "no-trainer", lambda command: command.worker("trainer-1").kill())
     assert "lost trainer 1 while running step" in assert_one_sentence(ended, 1)
-
-
-def test_an_exported_model_has_the_loss_that_the_run_would_have_next(folder, whole):
-    """The run goes on for one step with its own weights; Transformers computes the same documents with the exported ones."""
-    out, run = folder / "exported", folder / "runs" / "longer"
-    ended = distca(folder, "export", whole[0], out)
-    assert ended.code == 0, ended.err
-    shutil.copytree(whole[0], run)
-    assert distca(folder, "resume", run, "--train.steps", STEPS + 1).code == 0
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(out)
-    settings, cursor = load_settings(whole[0] / "run.yaml"), newest(whole[0] / "checkpoints").facts["cursor"]
-    stream = DocumentStream(Corpus(prepare(settings.data, 259)), settings.data, settings.seed, 2048)
-    pieces, _ = stream.pieces(Cursor(*cursor))
-    total, targets = 0.0, 0
-    for at in zip(pieces.source, pieces.row, pieces.start, pieces.end, strict=True):
-        ids = torch.from_numpy(stream.corpus.tokens(*map(int, at)))[None]
-        if ids.shape[1] > 1:
-            with torch.no_grad():
-                total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
-            targets += ids.shape[1] - 1
-    assert total / targets == pytest.approx(losses(run)[STEPS + 1], rel=1e-5)
-    assert transformers.AutoTokenizer.from_pretrained(out)("ab").input_ids == [100, 101, 1]

@@ -1,6 +1,6 @@
-"""Optimizer steps over real trainers and servers: what must not depend on the pool does not, and a repeat gives the same bits.
+"""Optimizer steps over real trainers and servers: the pool changes nothing, and a repeat gives the same bits.
 
-One process each, over Gloo, under DeepSpeed; `test_exactness.py` holds single steps to a single device, this file holds runs to runs."""
+One process each, over Gloo, under DeepSpeed; `test_exactness.py` holds a step to one device, this file runs to runs."""
 
 import pytest
 import torch

