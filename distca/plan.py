@@ -152,8 +152,7 @@ def _digest(columns: list[np.ndarray]) -> int:
 
 def limits(total: int, pool: Pool, tolerance: int) -> np.ndarray:
     """(servers,) int64: the most pairs each server may get, (1 + tolerance) times its share of `total`."""
-    share = shares(total, pool)
-    return share + share * tolerance // MILLION
+    return np.array([s + s * tolerance // MILLION for s in shares(total, pool).tolist()], np.int64)
 
 
 def shares(total: int, pool: Pool) -> np.ndarray:

@@ -15,8 +15,11 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from importlib.metadata import version
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,13 +71,14 @@ def resume(folder: Path, overrides: list[str], console: Console, insecure: bool 
     """Go on from a run's newest checkpoint, in its folder; `overrides` may change the pool, the number of steps, …"""
     settings = load_settings(folder / RUN_FILE, overrides)
     checkpoint = newest(folder / CHECKPOINTS)
-    _refuse_other_layout(settings, checkpoint)
+    _refuse_other_settings(settings, checkpoint)
     refuse_precision(settings)
     if checkpoint.step >= settings.train.steps:
         raise SettingsError(
             f"{folder}: step {checkpoint.step} of {settings.train.steps} is done; ask for more: --train.steps {checkpoint.step * 2}"
         )
     documents = _prepare(settings, console)
+    _refuse_other_documents(documents, checkpoint)
     console.print(f"[bold]resuming[/] {folder} after step {checkpoint.step}")
     _run(settings, folder, documents, checkpoint, console, insecure)
     return folder
@@ -178,14 +182,14 @@ def _run(
                 servers = _ask(team.servers, "take_report", what=f"reporting step {step}")
                 tokens_seen += settings.train.tokens_per_step
                 record = _record(settings, step, time.perf_counter() - clock, tokens_seen, trainers, servers)
-                if not np.isfinite(record.loss):
+                if not np.isfinite(record.loss) or not np.isfinite(record.grad_norm or 0.0):
                     raise UserError(
-                        f"the loss of step {step} is {record.loss}: the run stops here; its newest checkpoint is of step "
+                        f"step {step} has loss {record.loss} and gradient norm {record.grad_norm}: the run stops here; its newest checkpoint is of step "
                         f"{saved}. Try a lower train.optimizer.learning_rate or a longer train.schedule.warmup_steps"
                     )
                 stopping = stop.is_set()  # looked at once: who stops has saved
                 if _is_due(settings, step) or stopping:
-                    save_s = _publish(settings, folder, team, step, trainers[0], monitor)
+                    save_s = _publish(settings, folder, documents, team, step, trainers[0], monitor)
                     saved, record = step, replace(record, checkpoint_save_s=save_s)
                 reporter.show(record, trainers)
                 if stopping and step < steps:
@@ -219,11 +223,18 @@ def _is_due(settings: RunSettings, step: int) -> bool:
 
 
 def _publish(
-    settings: RunSettings, folder: Path, team: Team, step: int, report: TrainerReport, monitor: Monitor
+    settings: RunSettings,
+    folder: Path,
+    documents: tuple[Path, ...],
+    team: Team,
+    step: int,
+    report: TrainerReport,
+    monitor: Monitor,
 ) -> float:
     """Publish a checkpoint and forget the oldest; the seconds that took."""
     start = time.perf_counter()
-    facts = _layout(settings) | dict(cursor=list(report.cursor))
+    names = [path.name for path in documents]  # they tell apart what was prepared from other files
+    facts = dict(settings=bound_settings(settings), documents=names, cursor=list(report.cursor))
     with publishing(folder / CHECKPOINTS, step, facts) as draft:
         _ask(team.trainers, "save", draft, what=f"saving step {step}")
     prune(folder / CHECKPOINTS, settings.checkpoint.keep)
@@ -231,23 +242,34 @@ def _publish(
     return time.perf_counter() - start
 
 
-def _layout(settings: RunSettings) -> dict:
-    """What a checkpoint's files depend on. Attention servers are not in it: any number can take over."""
-    return dict(
-        trainers=settings.parallel.trainers, zero_stage=settings.parallel.zero_stage, precision=settings.train.precision
-    )
+# what a checkpoint's files, and its place in the data, have a meaning under; attention servers are not among it
+BOUND = (
+    *("parallel.trainers", "parallel.zero_stage", "train.precision", "train.optimizer"),
+    *("model.path", "model.revision", "model.config", "seed", "data"),
+)
 
 
-def _refuse_other_layout(settings: RunSettings, checkpoint: Published) -> None:
-    names = dict(trainers="parallel.trainers", zero_stage="parallel.zero_stage", precision="train.precision")
-    wrong = [
-        f"{names[k]}: {checkpoint.facts[k]} (asked for {v})"
-        for k, v in _layout(settings).items()
-        if checkpoint.facts[k] != v
-    ]
+def bound_settings(settings: RunSettings) -> dict[str, Any]:
+    """The settings in `BOUND`, as JSON."""
+    values = settings.model_dump(mode="json", exclude={"data": {"cache"}})
+    return {name: reduce(getitem, name.split("."), values) for name in BOUND}
+
+
+def _refuse_other_settings(settings: RunSettings, checkpoint: Published) -> None:
+    """A checkpoint goes on only under the settings it was made with; attention servers may change freely."""
+    made_with = checkpoint.facts["settings"]
+    wrong = [f"{name}: {made_with[name]} (asked for {value})" for name, value in bound_settings(settings).items() if made_with[name] != value]
     if wrong:
         raise SettingsError(
             f"{checkpoint.path} can only be resumed with {', '.join(wrong)}; attention servers may change freely"
+        )
+
+
+def _refuse_other_documents(documents: tuple[Path, ...], checkpoint: Published) -> None:
+    if checkpoint.facts["documents"] != [path.name for path in documents]:
+        raise DataError(
+            f"{checkpoint.path}: the documents have changed since; its place in them has no meaning now. Restore the files "
+            "of data.sources, or start a new run"
         )
 
 

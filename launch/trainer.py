@@ -83,7 +83,7 @@ class TrainerReport:
 
     summed_loss: float
     targets: int  # of the whole step
-    grad_norm: float
+    grad_norm: float | None
     learning_rate: float
     cursor: tuple[int, int]
     lengths: np.ndarray  # of all documents of the step
@@ -136,7 +136,7 @@ class Trainer:
         if self._rank in home:
             own = home.index(self._rank)
             self._server = AttentionServer(own, backend_of(self._settings), self._device)
-            links[own], far_end = LocalLink.pair()
+            links[own], far_end = LocalLink.pair(self._settings.parallel.deadline_s)
             self._server.serve(self._rank, far_end)
         for rank, server in meetings(self._settings):
             end = 0 if rank == self._rank else 1 if home[server] == self._rank else None

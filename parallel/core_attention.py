@@ -102,7 +102,9 @@ class Exchange:
         try:
             return self.links[server].wait_message()
         except LinkError as error:
-            raise LinkError(f"rank {self.rank} has lost attention server {server}: {error}") from None
+            raise LinkError(
+                f"rank {self.rank} has lost attention server {server}, or a trainer whose rows it waits for: {error}"
+            ) from None
 
 
 def collect(home: torch.Tensor, rows, part: torch.Tensor) -> torch.Tensor:

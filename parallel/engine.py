@@ -5,7 +5,6 @@ The default process group is the trainers' alone: DeepSpeed makes its groups ove
 from __future__ import annotations
 
 import logging
-import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,10 +83,10 @@ class Engine:
         """Apply the micro-batch; DeepSpeed updates the weights when the accumulated ones are complete."""
         self.deepspeed.step()
 
-    def gradient_norm(self) -> float:
-        """Of the last step's whole gradient, before clipping; nan where DeepSpeed does not say (stage 0 without clipping)."""
+    def gradient_norm(self) -> float | None:
+        """Of the last step's whole gradient, before clipping; None where DeepSpeed does not say (stage 0 without clipping)."""
         norm = self.deepspeed.get_global_grad_norm()
-        return math.nan if norm is None else float(norm)
+        return None if norm is None else float(norm)
 
     def learning_rate(self) -> float:
         return float(self.deepspeed.get_lr()[0])
@@ -128,7 +127,7 @@ class PlainEngine:
     def full_gradients(self) -> dict[str, torch.Tensor]:
         gradients = {}
         for name, parameter in self._module.named_parameters():
-            total = parameter.grad.clone()
+            total = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
             dist.all_reduce(total)
             gradients[name] = total.cpu()
         return gradients
@@ -148,12 +147,12 @@ FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def full_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights of a saved checkpoint in one process, fp32 where DeepSpeed keeps fp32 master weights."""
-    states = folder / TAG / "mp_rank_00_model_states.pt"
-    if any((folder / TAG).glob("*_optim_states.pt")):
-        with _weights_only():
-            return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
-    return torch.load(states, map_location="cpu", weights_only=True)["module"]
+    """All weights of a saved checkpoint in one process, by name in the saved module."""
+    states = folder / TAG / "mp_rank_00_model_states.pt"  # whole, unless ZeRO 3 has split the weights
+    with _weights_only():
+        if states.exists():
+            return torch.load(states, map_location="cpu", weights_only=True)["module"]
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
 
 
 @contextmanager
@@ -175,6 +174,7 @@ def _deepspeed_config(settings: RunSettings) -> dict:
         "gradient_clipping": settings.train.clip_grad_norm,
         "zero_optimization": {"stage": settings.parallel.zero_stage},
         "bf16": {"enabled": settings.train.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

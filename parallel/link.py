@@ -24,8 +24,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-PLAN, FORWARD, BACKWARD, REPLY, FAILURE, STOP = range(1, 7)
-KIND_NAMES = {PLAN: "plan", FORWARD: "forward", BACKWARD: "backward", REPLY: "reply", FAILURE: "failure", STOP: "stop"}
+PLAN, FORWARD, BACKWARD, REPLY, FAILURE = range(1, 6)
+KIND_NAMES = {PLAN: "plan", FORWARD: "forward", BACKWARD: "backward", REPLY: "reply", FAILURE: "failure"}
 DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16, 4: torch.float64}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -106,8 +106,6 @@ class Link(Protocol):
     def wait_message(self) -> tuple[Header, torch.Tensor]:
         """Wait for the next message: its header and its payload, (bytes,) uint8. Raises LinkError."""
 
-    def close(self) -> None:
-        """No more messages; buffers are freed."""
 
 
 def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -204,10 +202,6 @@ class GroupLink:
         self.bytes_received += head.numel() + payload.numel()
         return header, payload.to(self._device)
 
-    def close(self) -> None:
-        self._in_flight.clear()
-        self._headers = self._payloads = None
-
     def _wait_arrived(self, num_messages: int) -> None:
         """Free the buffers of the first `num_messages` messages ever sent, once they have arrived."""
         while True:
@@ -242,9 +236,6 @@ class LocalLink:
             return self._inbox.get(timeout=self._deadline_s)
         except queue.Empty:
             raise LinkError(f"no message within {self._deadline_s:g} s") from None
-
-    def close(self) -> None:
-        pass
 
 
 def _gloo(store: dist.Store, end: int, address: str) -> dist.ProcessGroupGloo:

@@ -29,7 +29,6 @@ from distca.parallel.link import (
     FORWARD,
     PLAN,
     REPLY,
-    STOP,
     Damaged,
     Header,
     Link,
@@ -97,8 +96,6 @@ class AttentionServer:
         try:
             while True:
                 header, payload = link.wait_message()
-                if header.kind == STOP:
-                    return
                 try:
                     self._take(rank, header, payload)
                 except Exception as error:  # whatever it is, trainers must hear of it rather than wait

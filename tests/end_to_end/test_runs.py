@@ -232,7 +232,7 @@ def test_tensorboard_has_every_documented_tag_and_the_pictures(whole):
 
 @pytest.fixture(scope="module")
 def stopped(folder):
-    """SIGTERM stopped it; it was exported as it stood and resumed: (its folder, the checkpoint then, what resume said)."""
+    """Stopped by SIGTERM, exported as it stood, resumed: (its folder, the checkpoint then, what resume said)."""
     run, _, ended = interrupted(folder, "stopped", lambda command: command.process.send_signal(signal.SIGTERM))
     sentence, last = assert_one_sentence(ended, 75), max(losses(run))
     assert f"distca resume {run}" in sentence and f"step {last}" in sentence

@@ -214,13 +214,13 @@ def test_a_source_that_cannot_be_read_is_named(folder, capsys, offline, case):
 # ---- resume and export ----
 
 
-def finished_run(folder, step=4, **facts):
+def finished_run(folder, step=4):
     """A run's folder with a checkpoint that nobody will get as far as to read."""
     run = folder / "runs" / "a"
     run.mkdir(parents=True)
     shutil.copy(write_run(folder), run / "run.yaml")
-    known = dict(trainers=1, zero_stage=1, precision="fp32", cursor=[0, 0])
-    with publishing(run / "checkpoints", step, known | facts) as draft:
+    known = dict(settings=bound_settings(load_settings(run / "run.yaml")), documents=[], cursor=[0, 0])
+    with publishing(run / "checkpoints", step, known) as draft:
         (draft / "weights").write_text("x")
     return run
 
@@ -241,9 +241,12 @@ def test_resume_needs_a_run_and_a_checkpoint(folder, capsys):
         (["--parallel.trainers", "2"], "parallel.trainers: 1 (asked for 2)"),
         (["--parallel.zero_stage", "2"], "parallel.zero_stage: 1 (asked for 2)"),
         (["--train.precision", "bf16"], "train.precision: fp32 (asked for bf16)"),
+        (["--seed", "7"], "seed: 0 (asked for 7)"),
+        (["--train.optimizer.learning_rate", "0.5"], "can only be resumed with train.optimizer"),
+        (["--data.tokenizer", "other"], "can only be resumed with data"),
         ([], "step 4 of 4 is done; ask for more: --train.steps 8"),
         (["--kernels.backend", "triton2"], "kernels.backend: Input should be 'auto'"),
-        (["--model.config.attention_dropout", "0.5", "--train.steps", "9"], "attention_dropout = 0.5"),
+        (["--model.config.attention_dropout", "0.5", "--train.steps", "9"], "can only be resumed with model.config"),
     ],
     ids=str,
 )

@@ -22,7 +22,7 @@ def make_exchanges(num_ranks, pool, backend="reference"):
     links = [{} for _ in range(num_ranks)]
     for rank in range(num_ranks):
         for number, server in enumerate(servers):
-            links[rank][number], far_end = LocalLink.pair()
+            links[rank][number], far_end = LocalLink.pair(60.0)
             server.serve(rank, far_end)
     return [Exchange(rank, links[rank]) for rank in range(num_ranks)], servers
 
