@@ -1,7 +1,7 @@
 """What can a run be asked to do?
 
-A run is one YAML file read into the frozen models below; the text under a field is its documentation. Unknown keys are errors,
-all errors are reported at once, and nothing outside this file and its overrides changes what a run does.
+A run is one YAML file read into the frozen models below; the text under a field is its documentation. Unknown keys are
+errors, all errors are reported at once, and nothing outside this file and its overrides changes what a run does.
 
     settings = load_settings("configs/runs/tiny_cpu.yaml", ["--train.steps", "10"])
 """
@@ -54,10 +54,11 @@ class ModelSettings(Settings):
 
 class SourceSettings(Settings):
     path: str
-    """A file, a glob of files (`data/**/*.jsonl`), a folder, a name on the Hugging Face hub, or `python-stdlib`: the source
-    files of this Python's own standard library."""
+    """A file, a glob of files (`data/**/*.jsonl`), a folder, a name on the Hugging Face hub, or `python-stdlib`: the
+    source files of this Python's own standard library."""
     format: Literal["auto", "json", "parquet", "arrow", "text", "hub"] = "auto"
-    """`auto` goes by the files' ending. `text`: each file is one document. `hub`: `path` is a data set's name on the hub."""
+    """`auto` goes by the files' ending. `text`: each file is one document. `hub`: `path` is a data set's name on the
+    hub."""
     subset: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
@@ -78,8 +79,8 @@ class DataSettings(Settings):
     tokenizer_revision: str | None = None
     """Commit, tag or branch of a hub tokenizer."""
     append_eos: bool = True
-    """End every text document with the tokenizer's end-of-sequence token, if the tokenizer does not do so itself; it may
-    also put a beginning-of-sequence token first, as its model expects. Token ids are taken as they are."""
+    """End every text document with the tokenizer's end-of-sequence token, if the tokenizer does not do so itself; it
+    may also put a beginning-of-sequence token first, as its model expects. Token ids are taken as they are."""
     max_document_tokens: PositiveInt | None = None
     """Longer documents are cut into documents of this many tokens. Default: as many as a micro-batch holds."""
     on_bad_document: Literal["error", "skip"] = "error"
@@ -114,13 +115,15 @@ class TrainSettings(Settings):
     tokens_per_step: PositiveInt
     """Tokens in one optimizer step, over all trainers."""
     tokens_per_rank: PositiveInt | None = None
-    """Tokens that a trainer holds at once (a micro-batch's share); sets memory. Default: follows from `accumulation`."""
+    """Tokens that a trainer holds at once (a micro-batch's share); sets memory. Default: follows from
+    `accumulation`."""
     accumulation: PositiveInt | None = None
     """Micro-batches per optimizer step. Default: follows from `tokens_per_rank`; 1 if neither is given."""
     steps: PositiveInt
     """Optimizer steps of the whole run."""
     precision: Literal["fp32", "bf16", "fp64"] = "bf16"
-    """Of weights, activations and what goes over the wire; with bf16 DeepSpeed keeps fp32 master weights. fp64 is for `verify`."""
+    """Of weights, activations and what goes over the wire; with bf16 DeepSpeed keeps fp32 master weights. fp64 is for
+    `verify`."""
     clip_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Largest norm of the whole gradient; 0 switches clipping off."""
     loss_chunk: PositiveInt = 1024
@@ -135,7 +138,8 @@ class ParallelSettings(Settings):
     servers: int = Field(0, ge=0)
     """Dedicated attention servers: processes that only compute core attention."""
     trainers_serve: bool = True
-    """Trainers are attention servers too. With servers = 0: in place. With servers > 0: mixed; false makes the pool dedicated."""
+    """Trainers are attention servers too. With servers = 0: in place. With servers > 0: mixed; false makes the pool
+    dedicated."""
     trainer_capacity: int = Field(100, ge=1, le=100)
     """Share (percent) of a dedicated server's attention work that a serving trainer takes in a mixed pool."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -172,7 +176,8 @@ class PlannerSettings(Settings):
 
 class KernelSettings(Settings):
     backend: Literal["auto", "torch", "reference"] = "auto"
-    """`torch`: fused operators of PyTorch, any device. `reference`: plain and slow, computes everything DistCA knows."""
+    """`torch`: fused operators of PyTorch, any device. `reference`: plain and slow, computes everything DistCA
+    knows."""
 
 
 class CheckpointSettings(Settings):
@@ -214,7 +219,8 @@ class RunSettings(Settings):
             product = train.tokens_per_rank * train.accumulation * trainers
             if product != train.tokens_per_step:
                 raise ValueError(
-                    f"train.tokens_per_rank x train.accumulation x parallel.trainers = {product}, but train.tokens_per_step = "
+                    f"train.tokens_per_rank x train.accumulation x parallel.trainers = {product}, but "
+                    "train.tokens_per_step = "
                     f"{train.tokens_per_step}: leave one of the two out, or set train.tokens_per_step: {product}"
                 )
         per_round = trainers * (train.tokens_per_rank or train.accumulation or 1)
@@ -325,7 +331,8 @@ def _allowed(kind: Any, limits: Sequence[Any] = ()) -> str:
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command line as (the command's own words, overrides): overrides are `--section.key value` and top-level settings."""
+    """A command line as (the command's own words, overrides): overrides are `--section.key value` and top-level
+    settings."""
     own, overrides, rest = [], [], list(arguments)
     while rest:
         word = rest.pop(0)
@@ -388,7 +395,8 @@ def _index(here: list, name: str, key: str) -> int:
 
 
 def _own_problems(problems: list[Any]) -> list[Any]:
-    """Without lists that pydantic calls too short because it has thrown out their faulty entries, which are named anyway."""
+    """Without lists that pydantic calls too short because it has thrown out their faulty entries, which are named
+    anyway."""
     paths = [p["loc"] for p in problems]
     below = lambda at: any(len(path) > len(at) and path[: len(at)] == at for path in paths)  # noqa: E731
     return [p for p in problems if p["type"] != "too_short" or not below(p["loc"])]

@@ -1,7 +1,8 @@
 """What does a plan cost: FLOPs of attention, bytes on the wire?
 
-Loads are compared in (query, key) pairs, which are exact integers; this file turns pairs and rows into the units people know.
-Formulas: notes of the paper (arXiv 2510.18121), section 3: 4 D FLOPs per pair and query head forward, 2.5 times that backward."""
+Loads are compared in (query, key) pairs, which are exact integers; this file turns pairs and rows into the units people
+know. Formulas: notes of the paper (arXiv 2510.18121), section 3: 4 D FLOPs per pair and query head forward, 2.5 times
+that backward."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """One layer's attention: query heads, key/value heads, head size, bytes of an element and of a statistic (LSE, delta)."""
+    """One layer's attention: query heads, key/value heads, head size, bytes of an element and of a statistic (LSE,
+    delta)."""
 
     query_heads: int
     kv_heads: int

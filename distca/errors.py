@@ -1,6 +1,7 @@
 """What can a user's request end in, and with which exit code?
 
-Every error that speaks to the user says what was asked, what is possible and what to do; the command line prints its text alone."""
+Every error that speaks to the user says what was asked, what is possible and what to do; the command line prints its
+text alone."""
 
 EXIT_OK, EXIT_OTHER, EXIT_SETTINGS, EXIT_DATA, EXIT_TRY_AGAIN = 0, 1, 2, 3, 75
 

@@ -10,8 +10,8 @@ A mask is a list of *bands*. One band is a rectangle of query rows [q0, q1) x ke
            . x x x . . . . .   lo = -1
        q1  . . x x x . . . .   hi = 1
 
-Bands are the one mask language that is closed under cutting (a piece of a band is a band, `cut`) and whose area is exact in
-integers (`area`): the planner needs both. `UNBOUNDED` stands for infinity; all columns are int64.
+Bands are the one mask language that is closed under cutting (a piece of a band is a band, `cut`) and whose area is
+exact in integers (`area`): the planner needs both. `UNBOUNDED` stands for infinity; all columns are int64.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ UNBOUNDED = 1 << 40  # further than any document is long, and far enough from 2^
 
 @dataclass(frozen=True, slots=True)
 class Bands:
-    """Columns of equal length, one entry per band. Rows and keys count from wherever the owner says (a document, a buffer)."""
+    """Columns of equal length, one entry per band. Rows and keys count from wherever the owner says (a document, a
+    buffer)."""
 
     q0: np.ndarray  # (B,) int64, first query row
     q1: np.ndarray  # (B,) int64, one past the last query row
@@ -79,7 +80,8 @@ def bands_of(rule: MaskRule, lengths: np.ndarray) -> Bands:
 
 
 def cut(bands: Bands, q0, q1, k0, k1) -> Bands:
-    """The part of each band inside the rectangle [q0, q1) x [k0, k1), shrunk to the rows and keys that still see each other.
+    """The part of each band inside the rectangle [q0, q1) x [k0, k1), shrunk to the rows and keys that still see each
+    other.
 
     Bounds are scalars or (B,) arrays. A band with nothing inside becomes empty (q0 == q1 and k0 == k1)."""
     return tighten(crop(bands, q0, q1, k0, k1))
@@ -92,7 +94,8 @@ def crop(bands: Bands, q0, q1, k0, k1) -> Bands:
 
 
 def tighten(bands: Bands) -> Bands:
-    """The same pairs in the smallest rectangle: rows that see no key, and keys that no row sees, are dropped from the edges."""
+    """The same pairs in the smallest rectangle: rows that see no key, and keys that no row sees, are dropped from the
+    edges."""
     rows, keys = bands.q1 - bands.q0, bands.k1 - bands.k0
     first_row = np.maximum(0, -bands.hi)  # below it i + hi < 0: left of every key
     last_row = np.minimum(rows - 1, keys - 1 - bands.lo)  # beyond it i + lo >= keys: right of every key

@@ -44,9 +44,6 @@ METRICS = (
     Metric("cad/wait_s", "s", "that a trainer waited for attention, mean over trainers", "wait_s"),
     Metric("cad/server_busy_s", "s", "busy time of each server; its number follows the tag", "server_busy_s"),
     Metric("data/documents", "documents", "in the step", "num_documents"),
-    Metric(
-        "data/cut_documents", "documents", "cut since the start because longer than a micro-batch", "num_cut_documents"
-    ),
     Metric("data/wait_s", "s", "that the step waited for its data", "data_wait_s"),
     Metric("data/epoch", "epochs", "passes over the data, with the fraction of the present one", "epoch"),
     Metric("memory/trainer_rss_mib", "MiB", "memory of the largest trainer process", "trainer_rss_mib"),
@@ -79,7 +76,6 @@ class StepRecord:
     server_busy_s: tuple[float, ...] = ()  # (servers,)
     data_wait_s: float | None = None
     num_documents: int | None = None
-    num_cut_documents: int | None = None
     epoch: float | None = None
     trainer_rss_mib: float | None = None
     server_rss_mib: float | None = None

@@ -1,7 +1,7 @@
 """Which rank holds which rows?
 
-Every rank holds the same number of tokens. Documents are laid out in their order, so a document that crosses a border between
-ranks is split there: its head ends one rank, its tail begins the next, and a long document may span many ranks.
+Every rank holds the same number of tokens. Documents are laid out in their order, so a document that crosses a border
+between ranks is split there: its head ends one rank, its tail begins the next, and a long document may span many ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Rank `rank` holds rows [start, end) of `document` as its own rows [row, row + end - start). Sorted by rank, then row."""
+    """Rank `rank` holds rows [start, end) of `document` as its own rows [row, row + end - start). Sorted by rank, then
+    row."""
 
     document: np.ndarray  # (N,) int64
     start: np.ndarray  # (N,) int64

@@ -1,7 +1,7 @@
 """Which attention server computes which CA-task: the result that every rank agrees on.
 
-A `Plan` is made from `PlanInputs` alone (integers: lengths, capacities, mask), by every rank for itself. Ranks compare the
-8-byte digest, never the plan. `Plan.check()` states what every plan guarantees:
+A `Plan` is made from `PlanInputs` alone (integers: lengths, capacities, mask), by every rank for itself. Ranks compare
+the 8-byte digest, never the plan. `Plan.check()` states what every plan guarantees:
   - each allowed (query, key) pair is in exactly one task, and each task has one server of the pool;
   - tasks are cut at multiples of `block` rows and keys counted from the document's start, or at a border between ranks;
   - no server's load exceeds its fair share by more than the tolerance plus one tile of block x block pairs;
@@ -39,7 +39,8 @@ class Pool:
 
 
 def make_pool(trainers: int, servers: int, trainers_serve: bool, trainer_capacity: int = 100) -> Pool:
-    """In place (no dedicated servers), dedicated (trainers do not serve) or mixed; serving trainers come first, in rank order."""
+    """In place (no dedicated servers), dedicated (trainers do not serve) or mixed; serving trainers come first, in rank
+    order."""
     serving = trainers if trainers_serve else 0
     return Pool((trainer_capacity,) * serving + (100,) * servers, tuple(range(serving)) + (None,) * servers)
 
@@ -73,7 +74,8 @@ class PlanInputs:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """CA-tasks of one micro-batch under one mask, with their servers. Sorted by document, first row, first key: the plan's order."""
+    """CA-tasks of one micro-batch under one mask, with their servers. Sorted by document, first row, first key: the
+    plan's order."""
 
     lengths: np.ndarray  # (documents,) int64
     rule: MaskRule

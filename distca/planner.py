@@ -9,8 +9,9 @@ A decision from integers alone: equal inputs give an equal plan, on every rank, 
         released   |tile|tile| tile |tile|tile|  tile  |tile|
         rooms      |  server 2  |  server 0   | server 1 |
 
-Tiles are `block` rows high and as wide as a few per cent of a server's share, so nobody ends more than one tile above its share.
-Neighbouring tiles on one server are joined again: a server gets a few rectangles per document, not hundreds of tiles.
+Tiles are `block` rows high and as wide as a few per cent of a server's share, so nobody ends more than one tile above
+its share. Neighbouring tiles on one server are joined again: a server gets a few rectangles per document, not hundreds
+of tiles.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def _keep_at_home(
 
 
 def _tile(bands: Bands, block: int, largest: int) -> tuple[np.ndarray, Bands]:
-    """Cut bands into row blocks, and row blocks of more than `largest` pairs across the keys, all at multiples of `block`."""
+    """Cut bands into row blocks, and row blocks of more than `largest` pairs across the keys, all at multiples of
+    `block`."""
     index, first = _spread((bands.q1 - 1) // block - bands.q0 // block + 1)
     start = (bands.q0 // block)[index] * block + first * block
     rows = cut(bands[index], start, start + block, bands.k0[index], bands.k1[index])
@@ -107,7 +109,8 @@ def _tile(bands: Bands, block: int, largest: int) -> tuple[np.ndarray, Bands]:
 
 
 def _fill_rooms(area: np.ndarray, server: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Give every HOMELESS tile a server: each goes where its middle falls when rooms are laid end to end, largest first."""
+    """Give every HOMELESS tile a server: each goes where its middle falls when rooms are laid end to end, largest
+    first."""
     free = np.flatnonzero(server == HOMELESS)
     order = np.argsort(-room, kind="stable")
     middle = np.cumsum(area[free]) - area[free] // 2 - 1
@@ -123,7 +126,8 @@ def _join(piece: np.ndarray, tiles: Bands, server: np.ndarray) -> tuple[np.ndarr
     piece, tiles, server = piece[order], tiles[order], server[order]
     first = np.flatnonzero(_changes(piece, tiles.q0, server))
     last = np.append(first[1:], len(piece)) - 1
-    # a row block is whole when one server has it all; then its key bounds are the piece's own and may grow with the rows
+    # a row block is whole when one server has it all; then its key bounds are the piece's own and may grow with the
+    # rows
     alone = np.flatnonzero(_changes(piece, tiles.q0))
     whole = np.isin(first, alone) & np.isin(last + 1, np.append(alone, len(piece)))
     piece, server = piece[first], server[first]

@@ -5,8 +5,8 @@ A server's rows lie packed, sorted by document and position, so that the rows an
     home rank 0  | doc 0 | doc 1 ...|        server 2  queries | doc 1 rows 128.. | doc 4 rows 0.. |
     home rank 1  | ... doc 1 | doc 4 |                 keys    | doc 1 keys 0..        | doc 4 keys 0.. |
 
-A `Shipment` is a run of rows with one home rank and one server; both ends derive their row numbers from the same table. A row goes
-to a server once, however many of the server's tasks read it.
+A `Shipment` is a run of rows with one home rank and one server; both ends derive their row numbers from the same table.
+A row goes to a server once, however many of the server's tasks read it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from distca.plan import Plan, Pool, sum_by
 
 @dataclass(frozen=True, slots=True)
 class Shipments:
-    """Rows [home_row, home_row + rows) of `rank` are rows [server_row, server_row + rows) of `server`. In the server's order."""
+    """Rows [home_row, home_row + rows) of `rank` are rows [server_row, server_row + rows) of `server`. In the server's
+    order."""
 
     rank: np.ndarray  # (N,) int64
     server: np.ndarray  # (N,) int64
@@ -137,7 +138,8 @@ def _ship(plan: Plan, start: np.ndarray, end: np.ndarray) -> tuple[Shipments, np
     )
     base = span_row[span] + start - span_start[span] if len(span) else np.zeros(0, np.int64)
 
-    # each span crosses one or more home segments of its document, which are consecutive when sorted by (document, start)
+    # each span crosses one or more home segments of its document, which are consecutive when sorted by (document,
+    # start)
     s = plan.segments
     order = np.lexsort((s.start, s.document))
     where = s.document[order] * stride

@@ -43,7 +43,8 @@ class Train:
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on from a run's newest checkpoint, bit for bit. --parallel.servers and other settings of the pool may change."""
+    """Go on from a run's newest checkpoint, bit for bit. --parallel.servers and other settings of the pool may
+    change."""
 
     folder: tyro.conf.Positional[Path]
     """The run's folder."""

@@ -1,7 +1,7 @@
 """What does a dedicated attention server do, and how do workers meet?
 
-A plain class; `distca.launch.cluster` gives it a process. It needs neither the model nor DeepSpeed, so it starts in half a
-trainer's time.
+A plain class; `distca.launch.cluster` gives it a process. It needs neither the model nor DeepSpeed, so it starts in
+half a trainer's time.
 """
 
 from __future__ import annotations

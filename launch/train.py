@@ -75,7 +75,8 @@ def resume(folder: Path, overrides: list[str], console: Console, insecure: bool 
     refuse_precision(settings)
     if checkpoint.step >= settings.train.steps:
         raise SettingsError(
-            f"{folder}: step {checkpoint.step} of {settings.train.steps} is done; ask for more: --train.steps {checkpoint.step * 2}"
+            f"{folder}: step {checkpoint.step} of {settings.train.steps} is done; ask for more: --train.steps "
+            f"{checkpoint.step * 2}"
         )
     documents = _prepare(settings, console)
     _refuse_other_documents(documents, checkpoint)
@@ -184,7 +185,8 @@ def _run(
                 record = _record(settings, step, time.perf_counter() - clock, tokens_seen, trainers, servers)
                 if not np.isfinite(record.loss) or not np.isfinite(record.grad_norm or 0.0):
                     raise UserError(
-                        f"step {step} has loss {record.loss} and gradient norm {record.grad_norm}: the run stops here; its newest checkpoint is of step "
+                        f"step {step} has loss {record.loss} and gradient norm {record.grad_norm}: the run stops "
+                        "here; its newest checkpoint is of step "
                         f"{saved}. Try a lower train.optimizer.learning_rate or a longer train.schedule.warmup_steps"
                     )
                 stopping = stop.is_set()  # looked at once: who stops has saved
@@ -258,7 +260,11 @@ def bound_settings(settings: RunSettings) -> dict[str, Any]:
 def _refuse_other_settings(settings: RunSettings, checkpoint: Published) -> None:
     """A checkpoint goes on only under the settings it was made with; attention servers may change freely."""
     made_with = checkpoint.facts["settings"]
-    wrong = [f"{name}: {made_with[name]} (asked for {value})" for name, value in bound_settings(settings).items() if made_with[name] != value]
+    wrong = [
+        f"{name}: {made_with[name]} (asked for {value})"
+        for name, value in bound_settings(settings).items()
+        if made_with[name] != value
+    ]
     if wrong:
         raise SettingsError(
             f"{checkpoint.path} can only be resumed with {', '.join(wrong)}; attention servers may change freely"
@@ -268,7 +274,8 @@ def _refuse_other_settings(settings: RunSettings, checkpoint: Published) -> None
 def _refuse_other_documents(documents: tuple[Path, ...], checkpoint: Published) -> None:
     if checkpoint.facts["documents"] != [path.name for path in documents]:
         raise DataError(
-            f"{checkpoint.path}: the documents have changed since; its place in them has no meaning now. Restore the files "
+            f"{checkpoint.path}: the documents have changed since; its place in them has no meaning now. Restore the "
+            "files "
             "of data.sources, or start a new run"
         )
 
@@ -358,9 +365,12 @@ def _describe(settings: RunSettings, team: Team, documents: tuple[Path, ...], co
     serving = (team.trainers if settings.parallel.trainers_serve else []) + team.servers
     facts = {
         "model": f"{told['parameters'] / 1e6:.2f} M parameters, {masks}",
-        "documents": f"{sum(corpus.num_documents):,} with {sum(corpus.num_tokens):,} tokens from {', '.join(corpus.source_names)}",
-        "step": f"{settings.train.tokens_per_step:,} tokens = {settings.parallel.trainers} trainers x {settings.tokens_per_rank:,} x {settings.accumulation} micro-batches",
-        "attention": f"{', '.join(map(str, serving))}; back end {settings.kernels.backend}, ZeRO stage {settings.parallel.zero_stage}, {settings.train.precision}",
+        "documents": f"{sum(corpus.num_documents):,} with {sum(corpus.num_tokens):,} tokens from "
+        "{', '.join(corpus.source_names)}",
+        "step": f"{settings.train.tokens_per_step:,} tokens = {settings.parallel.trainers} trainers x "
+        "{settings.tokens_per_rank:,} x {settings.accumulation} micro-batches",
+        "attention": f"{', '.join(map(str, serving))}; back end {settings.kernels.backend}, ZeRO stage "
+        "{settings.parallel.zero_stage}, {settings.train.precision}",
     }
     for name, text in facts.items():
         console.print(f"[bold]{name:10}[/] {text}", highlight=False)
@@ -423,7 +433,8 @@ def _use_gpus(settings: RunSettings) -> bool:
 
 @contextmanager
 def _stop_request() -> Iterator[threading.Event]:
-    """Set when somebody asks the run to stop (Ctrl-C, SIGTERM): the step is finished and saved. The second time is at once."""
+    """Set when somebody asks the run to stop (Ctrl-C, SIGTERM): the step is finished and saved. The second time is at
+    once."""
     stop = threading.Event()
 
     def ask(_signal, _frame):

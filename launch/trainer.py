@@ -1,7 +1,7 @@
 """What does a trainer do? It holds the model's layers, and its share of every micro-batch's rows.
 
-A plain class; `distca.launch.cluster` gives it a process. While a step runs, a host thread plans the next one from its documents'
-lengths and reads its tokens.
+A plain class; `distca.launch.cluster` gives it a process. While a step runs, a host thread plans the next one from its
+documents' lengths and reads its tokens.
 """
 
 from __future__ import annotations

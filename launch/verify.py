@@ -1,7 +1,8 @@
 """Is a distributed step right? The same documents, weights and loss on one device, by Transformers' own attention.
 
-The reference knows nothing of us: each document alone, unpacked, through the stock model (`sdpa`, or `eager` where attention is
-soft-capped), its own positions, labels shifted here by hand, plain cross entropy over all logits. What must agree:
+The reference knows nothing of us: each document alone, unpacked, through the stock model (`sdpa`, or `eager` where
+attention is soft-capped), its own positions, labels shifted here by hand, plain cross entropy over all logits. What
+must agree:
 
     fp64   loss and every gradient within 1e-10 (relative, 2-norm)
     fp32   within 1e-5
@@ -113,7 +114,8 @@ def single_device_step(
 
 
 def _error(gradient: torch.Tensor | None, reference: torch.Tensor, whole: float) -> float:
-    """Relative to the parameter's own gradient; where that is nothing beside the whole gradient, relative to the whole."""
+    """Relative to the parameter's own gradient; where that is nothing beside the whole gradient, relative to the
+    whole."""
     if gradient is None:
         return float("inf")
     size = float(reference.double().norm())

@@ -1,11 +1,11 @@
 """How does an unmodified Hugging Face model come to use our core attention, and which models may?
 
-Transformers looks attention up by name (`attn_implementation="distca"`) and hands unknown keywords of `model(...)` through to it, so
-the micro-batch's `CoreAttention` travels in band, as the keyword `distca`. What a layer asks for beyond q, k, v arrives as keywords too;
-whatever we do not compute exactly is refused, never ignored.
+Transformers looks attention up by name (`attn_implementation="distca"`) and hands unknown keywords of `model(...)`
+through to it, so the micro-batch's `CoreAttention` travels in band, as the keyword `distca`. What a layer asks for
+beyond q, k, v arrives as keywords too; whatever we do not compute exactly is refused, never ignored.
 
-Before the first step `probe` runs the model on two short documents: every attention layer must call us, and changing one
-document must leave the other as it is.
+Before the first step `probe` runs the model on two short documents: every attention layer must call us, and changing
+one document must leave the other as it is.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def distca_attention(
     core_attention = others.pop("distca", None)
     if core_attention is None:
         raise Unsupported(
-            "attn_implementation='distca' needs the keyword distca=CoreAttention(...) in the model's call; for generation use 'sdpa'"
+            "attn_implementation='distca' needs the keyword distca=CoreAttention(...) in the model's call; for "
+            "generation use 'sdpa'"
         )
     if attention_mask is not None:
         raise Unsupported(
@@ -64,7 +65,8 @@ def distca_attention(
         )
     if dropout:
         raise Unsupported(
-            f"dropout of {dropout} in attention is not supported: set attention_dropout: 0.0 in the model's configuration"
+            f"dropout of {dropout} in attention is not supported: set attention_dropout: 0.0 in the model's "
+            "configuration"
         )
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise Unsupported(
@@ -72,7 +74,8 @@ def distca_attention(
         )
     if value.shape[-1] != query.shape[-1]:
         raise Unsupported(
-            f"value heads of size {value.shape[-1]} beside query heads of size {query.shape[-1]} are not supported (MLA)"
+            f"value heads of size {value.shape[-1]} beside query heads of size {query.shape[-1]} are not supported "
+            "(MLA)"
         )
     if others.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise Unsupported(f"{type(module).__name__} looks ahead: only causal attention is supported")
@@ -88,7 +91,8 @@ def distca_attention(
 
 
 def padding_mask(*, attention_mask=None, **_):
-    """Transformers' mask interface: no mask is built; a padding mask is handed on, so that `distca_attention` can refuse it."""
+    """Transformers' mask interface: no mask is built; a padding mask is handed on, so that `distca_attention` can
+    refuse it."""
     return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
 
 
@@ -118,7 +122,8 @@ class PackedCausalLM(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor, distca: Callable
     ) -> torch.Tensor:
-        """(T,) token ids, positions and next tokens (-100: none) -> sum of cross entropies, fp32 (fp64 for an fp64 model).
+        """(T,) token ids, positions and next tokens (-100: none) -> sum of cross entropies, fp32 (fp64 for an fp64
+        model).
 
         Logits exist for `loss_chunk` rows at a time, forward and backward."""
         hidden_TD = self.hidden(input_ids, position_ids, distca)
@@ -164,7 +169,8 @@ def refuse_config(config: PretrainedConfig) -> None:
         )
     if getattr(config, "attention_dropout", 0.0):
         raise Unsupported(
-            f"attention_dropout = {config.attention_dropout} is not supported: set it to 0.0 in the model's configuration"
+            f"attention_dropout = {config.attention_dropout} is not supported: set it to 0.0 in the model's "
+            "configuration"
         )
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         raise Unsupported("bidirectional attention is not supported: only causal language models can be trained")
@@ -174,12 +180,14 @@ def refuse_config(config: PretrainedConfig) -> None:
         "longrope",
     }:
         raise Unsupported(
-            f"rope_type {kind!r} changes with the longest position that a rank sees, so ranks would disagree: use 'default', 'linear', 'yarn' or 'llama3'"
+            f"rope_type {kind!r} changes with the longest position that a rank sees, so ranks would disagree: use "
+            "'default', 'linear', 'yarn' or 'llama3'"
         )
 
 
 def refuse_kernels(config: PretrainedConfig, backend: str, dtype: torch.dtype, device_type: str) -> None:
-    """Raise Unsupported where the back end lacks what the configuration asks for; the probe sees what layers really ask."""
+    """Raise Unsupported where the back end lacks what the configuration asks for; the probe sees what layers really
+    ask."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     softcap = getattr(config, "attn_logit_softcapping", None) or 0.0
     sentence = refusal(backend, head_dim=head_dim, dtype=dtype, softcap=softcap, device_type=device_type)
@@ -258,7 +266,8 @@ def probe(model: PackedCausalLM, backend: str) -> list[AttentionCall]:
     name = model.model.config.model_type
     if len(run.calls) != layers:
         raise Unsupported(
-            f"{name}: {layers} layers made {len(run.calls)} attention calls; only models whose every layer is attention can be trained"
+            f"{name}: {layers} layers made {len(run.calls)} attention calls; only models whose every layer is "
+            "attention can be trained"
         )
     if not torch.equal(before[first:], after[first:]):
         raise Unsupported(f"{name}: changing one document changes the next one in the pack; this model mixes documents")

@@ -1,12 +1,13 @@
 """What does a model call in place of its own core attention?
 
-`CoreAttention`, one per micro-batch on each trainer: it sends the rows of a call to the servers that the plan names and brings the
-results home. Towards autograd it is two operators, so that other work fits between sending and waiting:
+`CoreAttention`, one per micro-batch on each trainer: it sends the rows of a call to the servers that the plan names and
+brings the results home. Towards autograd it is two operators, so that other work fits between sending and waiting:
 
-    forward   begin: send q k v  ......  end: wait for out, lse, merge what several servers computed of one row
-    backward  end: send q k v lse delta d_out  ......  begin: wait for dq dk dv, add what several servers return of one row
+    forward   begin: send q k v  ......  end: wait for out lse, merge what several servers computed of one row
+    backward  end: send q k v lse delta d_out  ......  begin: wait for dq dk dv, add what several return of one row
 
-Sending rows out and adding them up at home are each other's adjoint, so backward follows the same routes with arrows reversed.
+Sending rows out and adding them up at home are each other's adjoint, so backward follows the same routes with arrows
+reversed.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ class Exchange:
                 raise LinkError(payload.cpu().numpy().tobytes().rstrip(b"\0").decode())
             if (reply.kind, reply.step, reply.call) != (REPLY, header.step, header.call):
                 raise LinkError(
-                    f"rank {self.rank} waits for call {header.call} of micro-batch {header.step}, server {at.server} answers {reply}"
+                    f"rank {self.rank} waits for call {header.call} of micro-batch {header.step}, server {at.server} "
+                    f"answers {reply}"
                 )
             yield at, unpack(payload, reply_shapes(header, len(at.q_rows), len(at.kv_rows)))
 
@@ -183,7 +185,8 @@ class CoreAttention:
         return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-# An operator's arguments are tensors and numbers, so a CoreAttention is named by its number; it lives as long as its micro-batch.
+# An operator's arguments are tensors and numbers, so a CoreAttention is named by its number; it lives as long as its
+# micro-batch.
 _sites: weakref.WeakValueDictionary[int, CoreAttention] = weakref.WeakValueDictionary()
 
 

@@ -1,6 +1,7 @@
 """How does DeepSpeed train the model, and what of it do we switch off or mend?
 
-The default process group is the trainers' alone: DeepSpeed makes its groups over it. The only file that imports deepspeed."""
+The default process group is the trainers' alone: DeepSpeed makes its groups over it. The only file that imports
+deepspeed."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def refuse_precision(settings: RunSettings) -> None:
     if settings.train.precision == "fp64":
         raise Unsupported("train.precision: fp64 is for `distca verify`; DeepSpeed trains with fp32 or bf16")
     if settings.train.precision == "bf16" and settings.parallel.zero_stage == 0:
-        # DeepSpeed's stage-0 bf16 optimizer steps once on zero gradients, which shifts Adam's bias correction by one step
+        # DeepSpeed's stage-0 bf16 optimizer steps once on zero gradients, which shifts Adam's bias correction by one
+        # step
         raise Unsupported("train.precision: bf16 needs parallel.zero_stage of at least 1; stage 0 trains with fp32")
 
 
@@ -73,7 +75,8 @@ class Engine:
         return self.deepspeed(**batch)
 
     def backward(self, summed_loss: torch.Tensor, targets_in_step: int) -> None:
-        """Add the gradient of the mean loss over all targets of the step, of which `summed_loss` is this micro-batch's part here.
+        """Add the gradient of the mean loss over all targets of the step, of which `summed_loss` is this micro-batch's
+        part here.
 
         DeepSpeed averages over ranks and micro-batches, so the sum is scaled up by their number."""
         parts = self._settings.parallel.trainers * self._settings.accumulation
@@ -84,7 +87,8 @@ class Engine:
         self.deepspeed.step()
 
     def gradient_norm(self) -> float | None:
-        """Of the last step's whole gradient, before clipping; None where DeepSpeed does not say (stage 0 without clipping)."""
+        """Of the last step's whole gradient, before clipping; None where DeepSpeed does not say (stage 0 without
+        clipping)."""
         norm = self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
 
@@ -92,7 +96,8 @@ class Engine:
         return float(self.deepspeed.get_lr()[0])
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
-        """Every parameter's gradient, whole and on the CPU, before `step` of the last micro-batch; a collective call."""
+        """Every parameter's gradient, whole and on the CPU, before `step` of the last micro-batch; a collective
+        call."""
         gradients = {}
         for name, parameter in self.deepspeed.module.named_parameters():
             full = parameter.grad if self._settings.parallel.zero_stage == 0 else safe_get_full_grad(parameter)
@@ -111,7 +116,8 @@ class Engine:
 
 
 class PlainEngine:
-    """The same gradients without DeepSpeed, which knows no fp64: plain sums over trainers. It verifies, it does not train."""
+    """The same gradients without DeepSpeed, which knows no fp64: plain sums over trainers. It verifies, it does not
+    train."""
 
     def __init__(self, module: torch.nn.Module, settings: RunSettings, device: torch.device):
         self._module, self._settings = module.to(device), settings
@@ -157,7 +163,8 @@ def full_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _weights_only():
-    """DeepSpeed loads with weights_only=False, which runs whatever a hostile file says; allow tensors and its own few classes."""
+    """DeepSpeed loads with weights_only=False, which runs whatever a hostile file says; allow tensors and its own few
+    classes."""
     before = os.environ.get(FORCE)
     os.environ[FORCE] = "1"
     try:
@@ -191,5 +198,6 @@ def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict
 def _quieten(device: torch.device) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
-        # this op is compiled at first use (over a minute) and leaves 69 MB per process in /dev/shm; ZeRO does not need it
+        # this op is compiled at first use (over a minute) and leaves 69 MB per process in /dev/shm; ZeRO does not need
+        # it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,9 +1,10 @@
 """How do a trainer and an attention server talk?
 
-Over a link: a process group of exactly two, outside of every other group, so that a dead or hung peer closes this link and no
-other (in Gloo one time-out closes all pairs of its group). Each message is a header of fixed size, then one packed payload:
+Over a link: a process group of exactly two, outside of every other group, so that a dead or hung peer closes this link
+and no other (in Gloo one time-out closes all pairs of its group). Each message is a header of fixed size, then one
+packed payload:
 
-    | header 160 B: kind, step, call, plan digest, shapes, scale, payload bytes, checksums | payload: tensors, each at 16 B |
+    | header 160 B: kind, step, call, digest, shapes, scale, payload bytes, checksums | payload: tensors, each at 16 B |
 
 A checksum covers every byte of both: a wrong scale would be as silent as a wrong row. Nothing on the wire is pickled.
 `LocalLink` has the same three methods for a trainer and a server in one process.
@@ -107,7 +108,6 @@ class Link(Protocol):
         """Wait for the next message: its header and its payload, (bytes,) uint8. Raises LinkError."""
 
 
-
 def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Tensors end to end as bytes, each starting at a multiple of 16: (bytes,) uint8. Its inverse is `unpack`."""
     sizes = [_padded(t.numel() * t.element_size()) for t in tensors]
@@ -141,8 +141,8 @@ def checksum(payload: torch.Tensor) -> int:
 class GroupLink:
     """A link over a two-rank process group: Gloo for headers, Gloo or NCCL for payloads.
 
-    Only the end with a finite deadline gives up on its peer; a server waits for work for ever, and learns of a trainer's death
-    because the connection breaks. Several threads may send, one may wait for messages."""
+    Only the end with a finite deadline gives up on its peer; a server waits for work for ever, and learns of a
+    trainer's death because the connection breaks. Several threads may send, one may wait for messages."""
 
     def __init__(
         self,
@@ -215,7 +215,8 @@ class GroupLink:
 
 
 class LocalLink:
-    """A link inside one process. Rows are copied, as over a wire, so that neither end sees the other's later changes."""
+    """A link inside one process. Rows are copied, as over a wire, so that neither end sees the other's later
+    changes."""
 
     def __init__(self, inbox: queue.SimpleQueue, outbox: queue.SimpleQueue, deadline_s: float | None = None):
         self._inbox, self._outbox, self._deadline_s = inbox, outbox, deadline_s

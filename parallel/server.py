@@ -1,7 +1,8 @@
 """What does an attention server do with the rows it is sent?
 
-It keeps no parameter and no state that outlives a micro-batch: a request brings everything its answer needs, a backward request
-q, k and v again. One thread per link waits for messages; when the rows of all trainers of a call are there, one thread computes.
+It keeps no parameter and no state that outlives a micro-batch: a request brings everything its answer needs, a backward
+request q, k and v again. One thread per link waits for messages; when the rows of all trainers of a call are there, one
+thread computes.
 
     link to trainer 0   plan | q k v ---+                            +--> out lse
     link to trainer 1   plan | q k v ---+--> pack, attend the tasks --+--> out lse
@@ -39,7 +40,8 @@ from distca.plan import PlanInputs, combined_digest
 from distca.planner import plan_step
 from distca.routes import ServerRoute, TrainerRows, routes_of
 
-# Shape suffixes: S rows of queries on the server, C rows of keys on the server, H query heads, G key/value heads, D head size.
+# Shape suffixes: S rows of queries on the server, C rows of keys on the server, H query heads, G key/value heads, D
+# head size.
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +142,8 @@ class AttentionServer:
         )
 
     def _forget_plans(self, num_ranks: int) -> None:
-        """Drop the micro-batches that every trainer has left: between optimizer steps one may be many ahead of another."""
+        """Drop the micro-batches that every trainer has left: between optimizer steps one may be many ahead of
+        another."""
         with self._lock:
             if len(self._announced) < num_ranks:
                 return

@@ -28,7 +28,6 @@ FULL = StepRecord(
     server_busy_s=(0.2, 0.21, 0.19, 0.2),
     data_wait_s=0.0,
     num_documents=21,
-    num_cut_documents=0,
     epoch=0.4,
     trainer_rss_mib=512.0,
     server_rss_mib=300.0,

@@ -1,6 +1,8 @@
-"""A distributed step equals one device, loss and every gradient, for every pool, model family, precision and ZeRO stage.
+"""A distributed step equals one device, loss and every gradient, for every pool, model family, precision and ZeRO
+stage.
 
-Real trainers and servers, one process each, over Gloo; the reference is the stock Transformers model on each document alone."""
+Real trainers and servers, one process each, over Gloo; the reference is the stock Transformers model on each document
+alone."""
 
 import pytest
 from team import Team, make_settings
@@ -31,7 +33,9 @@ def verify(tmp_path, lengths, model=None, **sections):
 
 def assert_passed(result, num_parameters_at_least=15):
     worst = result.parameters[0]
-    assert result.passed, f"loss off by {result.loss_error:.2e}, {worst.name} by {worst.error:.2e}, allowed {worst.allowed:.0e}"
+    assert result.passed, (
+        f"loss off by {result.loss_error:.2e}, {worst.name} by {worst.error:.2e}, allowed {worst.allowed:.0e}"
+    )
     assert len(result.parameters) >= num_parameters_at_least
 
 
@@ -84,7 +88,9 @@ def test_bf16_is_at_most_twice_as_far_off_as_plain_bf16(tmp_path, zero_stage):
 def test_activation_checkpointing(tmp_path, zero_stage):
     parallel = dict(trainers=2, servers=1, trainers_serve=True, zero_stage=zero_stage)
     settings = make_settings(tmp_path, AWKWARD, parallel=parallel)
-    settings = settings.model_copy(update={"model": settings.model.model_copy(update={"activation_checkpointing": True})})
+    settings = settings.model_copy(
+        update={"model": settings.model.model_copy(update={"activation_checkpointing": True})}
+    )
     with Team(settings) as team:
         assert_passed(team.verify())
         (report, _rss) = team.ask(team.servers, "take_report")[0]

@@ -18,6 +18,7 @@ from distca.errors import EXIT_DATA, EXIT_OK, EXIT_OTHER, EXIT_SETTINGS, EXIT_TR
 from distca.launch import cli, train
 from distca.launch.cluster import WorkerLost
 from distca.launch.publish import publishing
+from distca.launch.train import bound_settings
 
 ROWS = [{"input_ids": list(range(1, 90))}, {"input_ids": [5, 6, 7]}]
 

@@ -12,7 +12,6 @@ from distca.plan import PlanInputs, combined_digest
 from distca.planner import plan_step
 from distca.routes import routes_of
 
-
 CAUSAL = MaskRule()
 
 
