@@ -1,12 +1,24 @@
 """Which rank holds which rows?
 
-Every rank holds the same number of tokens. Documents are laid out in their order, so a document that crosses a border between
-ranks is split there: its head ends one rank, its tail begins the next, and a long document may span many ranks.
+Every rank holds the same number of rows. Which documents lie where is free: their order inside one optimizer step does not
+change the gradient. So documents are placed where their attention is cheap to share out:
+
+    rank 0   | A rows 0..      | c  | x x x x|     A, B   long documents, more work than one server's share: cut into *stripes*,
+    rank 1   | A rows 8K..     | x x x x x x |            fewer than servers will work on them (`num_stripes`), longest first,
+    rank 2   | A rows 16K..    | B rows 0..  |            each stripe on the rank with least work so far
+    rank 3   | B rows 12K..    | d  | x x x x|     c to h whole documents: fill one rank after another with a share of work,
+    rank 4   | e   | f   | g   | h   | x x x |            so that some ranks are served without any traffic and others,
+    rank 5   | x x x x x x x x x x x x x x x |     x      with short documents only, have their servers' time to give away
+
+Only the last rows are cut where they happen to cross a border between ranks, and those belong to the shortest documents.
 """
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_right
 from dataclasses import dataclass
+from math import isqrt
 
 import numpy as np
 
@@ -26,14 +38,119 @@ class Segments:
         return Segments(self.document[mine], self.start[mine], self.end[mine], self.rank[mine], self.row[mine])
 
 
-def place(lengths: np.ndarray, num_ranks: int) -> Segments:
-    """Documents of `lengths` tokens, in order, onto ranks of equal size; the sum must be a multiple of `num_ranks`."""
-    ends = np.cumsum(lengths, dtype=np.int64)
-    total = int(ends[-1]) if len(ends) else 0
+def place(lengths: np.ndarray, work: np.ndarray, share: np.ndarray, block: int) -> Segments:
+    """Documents of `lengths` tokens and `work` pairs onto ranks whose servers should each do `share` pairs."""
+    num_ranks, total = len(share), int(lengths.sum())
     assert total % num_ranks == 0, f"{total} tokens cannot be shared equally by {num_ranks} ranks"
-    tokens = max(total // num_ranks, 1)
-    borders = np.unique(np.concatenate([[0], ends, np.arange(0, total, tokens)]))
-    start, end = borders[:-1], borders[1:]
-    document = np.searchsorted(ends, start, side="right")  # skips documents without tokens
-    first = ends[document] - np.asarray(lengths, np.int64)[document]
-    return Segments(document, start - first, end - first, start // tokens, start % tokens)
+    tokens = total // num_ranks
+    free, room = [tokens] * num_ranks, share.tolist()  # rows and pairs that each rank can still take
+    order = np.lexsort((np.arange(len(lengths)), -lengths, -work))
+    order = order[lengths[order] > 0]
+    mean = max(1, sum(room) // num_ranks)
+    num_long = int(np.count_nonzero((work[order] > mean) | (lengths[order] > tokens)))
+    is_long = (work[order] > mean) | (lengths[order] > tokens)
+    stripes = _place_stripes(order[is_long], lengths, work, mean, free, room, block)
+    short = order[~is_long]
+    stripes += _place_whole(short, lengths, work, free, room)
+    table = np.array(stripes, np.int64).reshape(-1, 4) if not isinstance(stripes, np.ndarray) else stripes
+    table = table[np.lexsort((table[:, 1], table[:, 0], table[:, 3]))]
+    document, start, end, rank = table.T
+    before = np.cumsum(end - start) - (end - start)
+    return Segments(document, start, end, rank, before - rank * tokens)
+
+
+STRIPE_POWER = (3, 4)
+def num_stripes(work: int, share: int) -> int:
+    return isqrt(isqrt(max(1, work**3 // share**3)))
+
+
+def _place_stripes(documents, lengths, work, mean, free, room, block):
+    out = []
+    heap = [(-room[r], r) for r in range(len(free))]
+    heapq.heapify(heap)
+    for d in documents.tolist():
+        length = int(lengths[d])
+        p = num_stripes(int(work[d]), mean)
+        rows = min(-(-length // (p * block)) * block, max(block, max(free) ))
+        start = 0
+        skipped = []
+        while start < length:
+            want = min(rows, length - start)
+            while heap:
+                key, r = heapq.heappop(heap)
+                if free[r] >= want:
+                    break
+                skipped.append((key, r))
+            else:
+                r = max(range(len(free)), key=lambda r: (free[r], -r))
+                want = min(want, free[r])
+                key = None
+            end = start + want
+            pairs = work[d] * (end * end - start * start) // (length * length)
+            out.append((d, start, end, r))
+            free[r] -= want
+            room[r] -= int(pairs)
+            start = end
+            if key is None:
+                skipped = [(-room[r] if q == r else k, q) for k, q in skipped]
+            else:
+                heapq.heappush(heap, (-room[r], r))
+        for x in skipped:
+            heapq.heappush(heap, x)
+    return out
+
+
+def _place_whole(documents, lengths, work, free, room):
+    out = []
+    n = lengths[documents]
+    w = work[documents]
+    rows_up_to, work_up_to = [0] + np.cumsum(n).tolist(), [0] + np.cumsum(w).tolist()
+    # density of the sparsest half of the tokens
+    total = rows_up_to[-1]
+    half = bisect_right(rows_up_to, total // 2)
+    half = min(half, len(n))
+    density = (work_up_to[-1] - work_up_to[half]) / max(1, total - rows_up_to[half])
+    at = 0
+    ranks = sorted(range(len(free)), key=lambda r: (room[r], r))
+    for r in ranks:
+        # work cap with reserve: work + (free - rows) * density <= room
+        if at >= len(n):
+            break
+        lo = at
+        hi = bisect_right(rows_up_to, rows_up_to[at] + free[r]) - 1
+        base = room[r] - density * free[r]
+        if base <= 0: continue
+        # largest b with work[b]-work[at] - density*(rows[b]-rows[at]) <= base ; monotone while docs are denser
+        a, b = at, hi
+        while a < b:
+            m = (a + b + 1) // 2
+            if work_up_to[m] - work_up_to[at] - density * (rows_up_to[m] - rows_up_to[at]) <= base:
+                a = m
+            else:
+                b = m - 1
+        if a > at:
+            out.append((at, a, r))
+            free[r] -= rows_up_to[a] - rows_up_to[at]
+            room[r] -= work_up_to[a] - work_up_to[at]
+            at = a
+    for _ in range(2):
+        for r in sorted(range(len(free)), key=lambda r: (-free[r], r)):
+            if at >= len(n): break
+            a = bisect_right(rows_up_to, rows_up_to[at] + free[r]) - 1
+            if a > at:
+                out.append((at, a, r))
+                free[r] -= rows_up_to[a] - rows_up_to[at]
+                room[r] -= work_up_to[a] - work_up_to[at]
+                at = a
+    result = []
+    for a, b, r in out:
+        result += [(d, 0, l, r) for d, l in zip(documents[a:b].tolist(), n[a:b].tolist())]
+    # pour the rest
+    r = 0
+    for d, l in zip(documents[at:].tolist(), n[at:].tolist()):
+        s = 0
+        while s < l:
+            while free[r] == 0: r += 1
+            t = min(l - s, free[r])
+            result.append((d, s, s + t, r)); free[r] -= t; s += t
+    return result

@@ -54,21 +54,22 @@ class PlanInputs:
     pool: Pool
     tolerance: int  # millionths of a fair share
     block: int
+    group: int = 4  # query heads per key/value head: what moving a query row costs, in key/value rows
 
     def to_words(self) -> np.ndarray:
         """As int64 words, to cross a wire without pickle."""
         home = [0 if h is None else h + 1 for h in self.pool.home]
         windows = [rule.window for rule in self.rules]
-        head = [self.num_ranks, self.tolerance, self.block, len(windows), len(self.pool), len(self.lengths)]
+        head = [self.num_ranks, self.tolerance, self.block, self.group, len(windows), len(self.pool), len(self.lengths)]
         return np.array([*head, *windows, *self.pool.capacity, *home, *self.lengths.tolist()], np.int64)
 
     @staticmethod
     def from_words(words: np.ndarray) -> PlanInputs:
-        num_ranks, tolerance, block, num_rules, num_servers, num_documents = (int(w) for w in words[:6])
-        windows, capacity, home, lengths = np.split(words[6:], np.cumsum([num_rules, num_servers, num_servers]))
+        num_ranks, tolerance, block, group, num_rules, num_servers, num_documents = (int(w) for w in words[:7])
+        windows, capacity, home, lengths = np.split(words[7:], np.cumsum([num_rules, num_servers, num_servers]))
         lengths = lengths[:num_documents]  # a message may be longer, up to its alignment
         pool = Pool(tuple(capacity.tolist()), tuple(h - 1 if h else None for h in home.tolist()))
-        return PlanInputs(lengths, tuple(MaskRule(w) for w in windows.tolist()), num_ranks, pool, tolerance, block)
+        return PlanInputs(lengths, tuple(MaskRule(w) for w in windows.tolist()), num_ranks, pool, tolerance, block, group)
 
 
 @dataclass(frozen=True, slots=True)

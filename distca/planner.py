@@ -1,19 +1,9 @@
-"""Cut core attention into CA-tasks and give every server of the pool the same predicted work for its capacity.
-
-A decision from integers alone: equal inputs give an equal plan, on every rank, machine and run.
-
-    rows with a server at home       keep what fits under the server's limit, short documents first
-    the rest, and homeless rows      is cut into tiles and laid end to end; the servers' free rooms are laid end to end
-                                     beside it, largest room first, and each tile goes where its middle falls
-
-        released   |tile|tile| tile |tile|tile|  tile  |tile|
-        rooms      |  server 2  |  server 0   | server 1 |
-
-Tiles are `block` rows high and as wide as a few per cent of a server's share, so nobody ends more than one tile above its share.
-Neighbouring tiles on one server are joined again: a server gets a few rectangles per document, not hundreds of tiles.
-"""
+"""Cut core attention into CA-tasks and give every server of the pool the same predicted work for its capacity."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
 
 import numpy as np
 
@@ -21,139 +11,275 @@ from distca.masks import Bands, MaskRule, bands_of, crop, cut
 from distca.placement import Segments, place
 from distca.plan import MILLION, Plan, PlanInputs, Pool, limits, shares, sum_by
 
+NOBODY = -1  # inside this file: no server
+
 
 def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
-    """Plan one micro-batch under one of its mask rules."""
-    segments = place(inputs.lengths, inputs.num_ranks)
-    document, pieces = _pieces(segments, bands_of(rule, inputs.lengths))
-    home = _home_server(segments, inputs.pool)
-    total = int(pieces.area().sum())
-    share, limit = shares(total, inputs.pool), limits(total, inputs.pool, inputs.tolerance)
-    largest_tile = max(inputs.block**2, int(share.min()) * inputs.tolerance // MILLION // 2)
+    documents = bands_of(rule, inputs.lengths)
+    work = documents.area() if inputs.rules == (rule,) else sum(bands_of(r, inputs.lengths).area() for r in inputs.rules)
+    segments = place(inputs.lengths, work, share_of_ranks(inputs, int(work.sum())), inputs.block)
+    rows = documents[segments.document]
+    pieces = cut(rows, segments.start, segments.end, rows.k0, rows.k1)
+    area = pieces.area()
+    total = int(area.sum())
+    share = shares(total, inputs.pool)
+    limit = share + share * (inputs.tolerance * AIM[0] // AIM[1]) // MILLION
+    server = _adopt(_home_server(segments, inputs.pool), area, share)
+    load = sum_by(server, area, len(inputs.pool))
 
-    piece, tiles, server = _keep_at_home(pieces, home, limit, inputs.block, largest_tile)
-    kept = sum_by(server[server >= 0], tiles.area()[server >= 0], len(inputs.pool))
-    server = _fill_rooms(tiles.area(), server, np.maximum(share - kept, 0))
+    piece, amount = _surplus(server, area, pieces, load, limit)
+    rooms = np.maximum(limit - load, 0)
+    kept, tile_piece, tiles, tile_server = _export(segments, pieces, area, server, piece, amount, rooms, inputs)
+    which = np.concatenate([kept, tile_piece])
+    bands = _join(pieces[kept], tiles)
+    bands = cut(bands, bands.q0, bands.q1, bands.k0, bands.k1)
+    task_server = np.concatenate([server[kept], tile_server])
+    document = segments.document[which]
+    useful = bands.q1 > bands.q0
+    document, bands, task_server = document[useful], bands[useful], task_server[useful]
+    order = np.lexsort((bands.k0, bands.q0, document))
+    return Plan(inputs.lengths, rule, segments, inputs.pool, document[order], bands[order], task_server[order],
+                inputs.tolerance, inputs.block)
 
-    piece, tiles, server = _join(piece, tiles, server)
-    bands = cut(pieces[piece], tiles.q0, tiles.q1, tiles.k0, tiles.k1)
-    order = np.lexsort((bands.k0, bands.q0, document[piece]))
-    return Plan(
-        inputs.lengths,
-        rule,
-        segments,
-        inputs.pool,
-        document[piece][order],
-        bands[order],
-        server[order],
-        inputs.tolerance,
-        inputs.block,
-    )
+AIM = (3, 4)
 
-
-HOMELESS = -1  # inside this file: no server yet
-
-
-def _pieces(segments: Segments, documents: Bands) -> tuple[np.ndarray, Bands]:
-    """What each segment's rows see: (N,) document numbers and their bands."""
-    bands = documents[segments.document]
-    return segments.document, cut(bands, segments.start, segments.end, bands.k0, bands.k1)
+def share_of_ranks(inputs, total):
+    pool = inputs.pool
+    share = shares(total, pool)
+    out = np.full(inputs.num_ranks, -(-total // inputs.num_ranks), np.int64)
+    if any(h is not None for h in pool.home):
+        out[:] = 0
+        for s, h in enumerate(pool.home):
+            if h is not None:
+                out[h] = share[s]
+    return out
 
 
 def _home_server(segments: Segments, pool: Pool) -> np.ndarray:
-    """(N,) the server that lives where each segment's rows live, or HOMELESS."""
     ranks = int(segments.rank.max(initial=0)) + 1
-    server_of = np.full(ranks, HOMELESS, np.int64)
+    server_of = np.full(ranks, NOBODY, np.int64)
     for server, rank in enumerate(pool.home):
         if rank is not None:
             server_of[rank] = server
     return server_of[segments.rank]
 
 
-def _keep_at_home(
-    pieces: Bands, home: np.ndarray, limit: np.ndarray, block: int, largest_tile: int
-) -> tuple[np.ndarray, Bands, np.ndarray]:
-    """Tiles with the server that keeps them, HOMELESS for those released. Pieces that stay whole are one tile each."""
-    area = pieces.area()
-    load = sum_by(home[home >= 0], area[home >= 0], len(limit))
-    at_ease = (home >= 0) & (load <= limit)[home]
-    whole, split = np.flatnonzero(at_ease & (area > 0)), np.flatnonzero(~at_ease & (area > 0))
-
-    piece, tiles = _tile(pieces[split], block, largest_tile)
-    piece, server = split[piece], np.full(len(piece), HOMELESS, np.int64)
-    for donor in np.unique(home[split]):
-        if donor == HOMELESS:
-            continue
-        mine = np.flatnonzero(home[piece] == donor)
-        mine = mine[np.argsort(area[piece[mine]], kind="stable")]  # short documents first; inside one, early rows first
-        stays = np.cumsum(tiles[mine].area()) <= limit[donor]
-        server[mine[stays]] = donor
-    joined = Bands(*(np.concatenate([getattr(pieces[whole], c), getattr(tiles, c)]) for c in Bands.__slots__))
-    return np.concatenate([whole, piece]), joined, np.concatenate([home[whole], server])
-
-
-def _tile(bands: Bands, block: int, largest: int) -> tuple[np.ndarray, Bands]:
-    """Cut bands into row blocks, and row blocks of more than `largest` pairs across the keys, all at multiples of `block`."""
-    index, first = _spread((bands.q1 - 1) // block - bands.q0 // block + 1)
-    start = (bands.q0 // block)[index] * block + first * block
-    rows = cut(bands[index], start, start + block, bands.k0[index], bands.k1[index])
-    low, width = rows.k0 // block * block, largest // block // block * block
-    step = np.where(rows.area() > largest, width, np.maximum(rows.k1 - low, 1))
-    part_of, part = _spread(np.where(rows.area() > 0, -(-(rows.k1 - low) // step), 0))
-    low = low[part_of] + part * step[part_of]
-    tiles = crop(rows[part_of], rows.q0[part_of], rows.q1[part_of], low, low + step[part_of])
-    useful = tiles.area() > 0
-    return index[part_of][useful], tiles[useful]
+def _adopt(server, area, share):
+    free = np.flatnonzero(server == NOBODY)
+    if len(free) == 0:
+        return server
+    server = server.copy()
+    room = share - sum_by(server[server >= 0], area[server >= 0], len(share))
+    import heapq
+    heap = [(-x, s) for s, x in enumerate(room.tolist())]
+    heapq.heapify(heap)
+    order = free[np.argsort(-area[free], kind="stable")]
+    big = order[area[order] * 64 > share.min()]
+    for p in big.tolist():
+        x, s = heapq.heappop(heap)
+        server[p] = s
+        heapq.heappush(heap, (x + int(area[p]), s))
+    small = order[len(big):]
+    left = np.zeros(len(share), np.int64)
+    for x, s in heap:
+        left[s] = max(0, -x)
+    by_room = np.argsort(-left, kind="stable")
+    middle = np.cumsum(area[small]) - area[small] // 2 - 1
+    slot = np.searchsorted(np.cumsum(left[by_room]), middle, side="right")
+    server[small] = by_room[np.minimum(slot, len(share) - 1)]
+    return server
 
 
-def _fill_rooms(area: np.ndarray, server: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Give every HOMELESS tile a server: each goes where its middle falls when rooms are laid end to end, largest first."""
-    free = np.flatnonzero(server == HOMELESS)
-    order = np.argsort(-room, kind="stable")
-    middle = np.cumsum(area[free]) - area[free] // 2 - 1
-    slot = np.searchsorted(np.cumsum(room[order]), middle, side="right")
-    filled = server.copy()
-    filled[free] = order[np.minimum(slot, len(room) - 1)]
-    return filled
+def _surplus(server, area, pieces, load, limit):
+    donors = np.flatnonzero((load > limit)[server] & (area > 0))
+    density = area[donors] // np.maximum(pieces.q1 - pieces.q0, 1)[donors]
+    donors = donors[np.lexsort((-density, server[donors]))]
+    s = server[donors]
+    w = area[donors]
+    before = np.cumsum(w) - w
+    first = np.searchsorted(s, s)  # of the same server
+    before -= before[first] if len(first) else 0
+    amount = np.clip((load - limit)[s] - before, 0, w)
+    keep = amount > 0
+    return donors[keep], amount[keep]
 
 
-def _join(piece: np.ndarray, tiles: Bands, server: np.ndarray) -> tuple[np.ndarray, Bands, np.ndarray]:
-    """Join neighbours on one server: first along the keys of a row block, then row blocks that see all their keys."""
-    order = np.lexsort((tiles.k0, tiles.q0, piece))
-    piece, tiles, server = piece[order], tiles[order], server[order]
-    first = np.flatnonzero(_changes(piece, tiles.q0, server))
-    last = np.append(first[1:], len(piece)) - 1
-    # a row block is whole when one server has it all; then its key bounds are the piece's own and may grow with the rows
-    alone = np.flatnonzero(_changes(piece, tiles.q0))
-    whole = np.isin(first, alone) & np.isin(last + 1, np.append(alone, len(piece)))
-    piece, server = piece[first], server[first]
-    rows = Bands(tiles.q0[first], tiles.q1[first], tiles.k0[first], tiles.k1[last], tiles.lo[first], tiles.hi[first])
+def _regions(b: Bands, area, amount, typical, group, block):
+    """Top row of each export region, last key."""
+    rows = b.q1 - b.q0
+    left = crop(b, b.q0, b.q1, b.k0, b.q0).area()
+    top = b.q0.copy()
+    last = b.k1.copy()
+    whole = amount >= area
+    columns = ~whole & (left >= amount)
+    last[columns] = b.q0[columns]
+    rest = np.flatnonzero(~whole & ~columns)
+    if len(rest):
+        r, S = b[rest], amount[rest]
+        h = np.array([isqrt(int(min(x, typical)) // group) for x in S], np.int64)
+        n = 32
+        step = np.maximum(-(-(r.q1 - r.q0) // n), 1)
+        j = np.arange(1, n + 1)[:, None]
+        cand = np.maximum((r.q1 - np.minimum(h + (j - 1) * step, r.q1 - r.q0)) // block * block, r.q0)
+        flat = cand.ravel()
+        idx = np.tile(np.arange(len(rest)), n)
+        rr = r[idx]
+        ok = (crop(rr, flat, rr.q1, rr.k0, flat).area() >= S[idx]).reshape(n, -1)
+        firstok = np.argmax(ok, axis=0)
+        feasible = ok[firstok, np.arange(len(rest))]
+        t = cand[firstok, np.arange(len(rest))]
+        top[rest] = np.where(feasible, t, top[rest])
+        last[rest] = np.where(feasible, t, last[rest])
+        bad = rest[~feasible]
+        if len(bad):
+            r = b[bad]
+            up = _row_where(r, area[bad] - amount[bad], block)
+            top[bad] = up
+    return top, last
 
-    fresh = _changes(piece, server) | ~whole | ~np.append(False, whole[:-1])
-    first = np.flatnonzero(fresh)
-    if len(first) == 0:
-        return piece, rows, server
-    joined = Bands(
-        rows.q0[first],
-        np.maximum.reduceat(rows.q1, first),
-        np.minimum.reduceat(rows.k0, first),
-        np.maximum.reduceat(rows.k1, first),
-        rows.lo[first],
-        rows.hi[first],
-    )
-    return piece[first], joined, server[first]
+
+def _row_where(b, target, block):
+    """The row at which the band's area above it is nearest to target."""
+    return _search(lambda y: crop(b, b.q0, y, b.k0, b.k1).area(), b.q0, b.q1, target, block)
 
 
-def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[2, 0, 3] -> ([0, 0, 2, 2, 2], [0, 1, 0, 1, 2]): which entry each repeat belongs to, and its number within it."""
-    index = np.repeat(np.arange(len(counts)), counts)
-    starts = np.cumsum(counts) - counts
-    return index, np.arange(len(index)) - starts[index]
+def _key_where(b, target, block):
+    return _search(lambda x: crop(b, b.q0, b.q1, b.k0, x).area(), b.k0, b.k1, target, block)
 
 
-def _changes(*columns: np.ndarray) -> np.ndarray:
-    """True where any column differs from the entry before; the first entry counts as a change."""
-    fresh = np.ones(len(columns[0]), bool)
-    if len(fresh) > 1:
-        fresh[1:] = np.any([c[1:] != c[:-1] for c in columns], axis=0)
-    return fresh
+def _search(area_up_to, low, high, target, block):
+    """Multiple of block (or an end) at which area_up_to is nearest to the target."""
+    lo, hi = low // block, -(-high // block)  # area(lo) <= target, area(hi) >= target
+    at = lambda x: np.clip(x * block, low, high)  # noqa
+    while len(lo) and int((hi - lo).max()) > 1:
+        mid = (lo + hi) // 2
+        less = area_up_to(at(mid)) <= target
+        lo, hi = np.where(less, mid, lo), np.where(less, hi, mid)
+    a, b = area_up_to(at(lo)), area_up_to(at(hi))
+    return at(np.where(target - a <= b - target, lo, hi))
+
+
+def _export(segments, pieces, area, server, piece, amount, rooms, inputs):
+    block, group = inputs.block, inputs.group
+    if len(piece) == 0:
+        return np.arange(len(area)), np.zeros(0, np.int64), pieces[:0], np.zeros(0, np.int64)
+    receivers = np.argsort(-rooms, kind="stable")
+    typical = int(rooms[receivers[0]])
+    top, last = _regions(pieces[piece], area[piece], amount, typical, group, block)
+    region = crop(pieces[piece], top, pieces.q1[piece], pieces.k0[piece], last)
+    region_area = region.area()
+    amount = np.minimum(amount, region_area)
+    full = last >= pieces.k1[piece]
+    amount = np.where(full, region_area, amount)
+    # documents with most to give first, inside one: by rows
+    document = segments.document[piece]
+    by_doc = sum_by(document, amount, int(document.max()) + 1)
+    order = np.lexsort((region.q0, document, -by_doc[document]))
+    piece, amount, region, region_area, full, document = piece[order], amount[order], region[order], region_area[order], full[order], document[order]
+
+    item_end = np.cumsum(amount)
+    band_end, portion_end, portion_server, portion_band = _bands_of_line(document, amount, region, receivers, rooms, group)
+    # parts: overlaps of bands and items
+    total = int(item_end[-1])
+    borders = np.unique(np.concatenate([[0], item_end, band_end]))
+    part_start, part_end = borders[:-1], borders[1:]
+    item = np.searchsorted(item_end, part_start, side="right")
+    band = np.searchsorted(band_end, part_start, side="right")
+    # rows of parts
+    item_start = item_end - amount
+    # cumulative region area at the part's end
+    frac = _scale(part_end - item_start[item], region_area[item], amount[item])
+    bottom = _row_where(region[item], frac, block)
+    lastpart = np.append(item[1:] != item[:-1], True)
+    bottom[lastpart] = region.q1[item[lastpart]]
+    # at least one block each
+    firstpart = np.append(True, item[1:] != item[:-1])
+    prev = np.where(firstpart, region.q0[item], np.roll(bottom, 1))
+    parts = crop(region[item], prev, bottom, region.k0[item], region.k1[item])
+    # tiles: every portion of the band in every part
+    first_p = np.searchsorted(portion_band, np.arange(len(band_end)))
+    count_p = np.diff(np.append(first_p, len(portion_band)))
+    part_of = np.repeat(np.arange(len(parts)), count_p[band])
+    offs = np.arange(len(part_of)) - np.repeat(np.cumsum(count_p[band]) - count_p[band], count_p[band])
+    portion = first_p[band[part_of]] + offs
+    band_start = np.append(0, band_end[:-1])
+    done = portion_end[portion] - band_start[band[part_of]]
+    width_of_band = band_end - band_start
+    size = part_end - part_start
+    # how much of the part's area lies left of this tile's right edge
+    part_full = full[item]
+    parea = parts.area()
+    goal = np.where(part_full, parea, np.minimum(size, parea))
+    target = _scale(done, goal[part_of], width_of_band[band[part_of]])
+    right = _key_where(parts[part_of], target, block)
+    lastp = offs == count_p[band[part_of]] - 1
+    force = lastp & part_full[part_of]
+    right[force] = parts.k1[part_of][force]
+    left = np.where(offs == 0, parts.k0[part_of], np.roll(right, 1))
+    tiles = crop(parts[part_of], parts.q0[part_of], parts.q1[part_of], left, right)
+    tile_piece, tile_server = piece[item[part_of]], portion_server[portion]
+    # what home keeps
+    rest_left = right[lastp]
+    whole = pieces[piece[item]]
+    rest = crop(whole, parts.q0, parts.q1, rest_left, whole.k1)
+    own = pieces[piece]
+    above = crop(own, own.q0, region.q0, own.k0, own.k1)
+    keep = np.ones(len(area), bool)
+    keep[piece] = False
+    return (np.flatnonzero(keep), np.concatenate([tile_piece, piece[item], piece]), _join(tiles, rest, above),
+            np.concatenate([tile_server, server[piece[item]], server[piece]]))
+
+
+def _scale(x, up, down):
+    """x * up // down without overflow, for x <= down."""
+    shift = 0
+    big = int(max(int(x.max(initial=0)), 1)) * int(max(int(up.max(initial=0)), 1))
+    while big >> shift >= 1 << 62:
+        shift += 1
+    return (x >> shift) * up // np.maximum(down >> shift, 1) if shift else x * up // np.maximum(down, 1)
+
+
+def _bands_of_line(document, amount, region, receivers, rooms, group):
+    """Lay receivers' rooms along the items; group them in bands."""
+    band_end, portion_end, portion_server, portion_band = [], [], [], []
+    rows = (region.q1 - region.q0).tolist()
+    amounts, docs = amount.tolist(), document.tolist()
+    recv, room = receivers.tolist(), rooms[receivers].tolist()
+    j, left_room = 0, room[0]
+    pos = 0
+    i = 0
+    n = len(amounts)
+    while i < n:
+        e = i
+        left = 0
+        while e < n and docs[e] == docs[i]:
+            left += amounts[e]
+            e += 1
+        item, item_end = i, pos + amounts[i]
+        while left > 0:
+            while pos >= item_end and item + 1 < e:
+                item += 1
+                item_end += amounts[item]
+            width = amounts[item] // max(1, rows[item])
+            size = max(1, isqrt(group * min(left_room, left)))
+            k = max(1, (2 * width + size) // (2 * size))
+            for _ in range(k):
+                take = min(left_room, left)
+                pos += take
+                left -= take
+                left_room -= take
+                portion_end.append(pos)
+                portion_server.append(recv[j])
+                portion_band.append(len(band_end))
+                if left_room == 0 and j + 1 < len(recv):
+                    j += 1
+                    left_room = room[j]
+                if left == 0:
+                    break
+            band_end.append(pos)
+        i = e
+    return tuple(np.array(x, np.int64) for x in (band_end, portion_end, portion_server, portion_band))
+
+
+def _join(*bands):
+    return Bands(*(np.concatenate([getattr(b, c) for b in bands]) for c in Bands.__slots__))
