@@ -38,7 +38,7 @@ class Segments:
         return Segments(self.document[mine], self.start[mine], self.end[mine], self.rank[mine], self.row[mine])
 
 
-def place(lengths: np.ndarray, work: np.ndarray, share: np.ndarray, block: int) -> Segments:
+def place(lengths: np.ndarray, work: np.ndarray, share: np.ndarray, block: int, group: int = 4) -> Segments:
     """Documents of `lengths` tokens and `work` pairs onto ranks whose servers should each do `share` pairs."""
     num_ranks, total = len(share), int(lengths.sum())
     assert total % num_ranks == 0, f"{total} tokens cannot be shared equally by {num_ranks} ranks"
@@ -47,10 +47,13 @@ def place(lengths: np.ndarray, work: np.ndarray, share: np.ndarray, block: int) 
     order = np.lexsort((np.arange(len(lengths)), -lengths, -work))
     order = order[lengths[order] > 0]
     mean = max(1, sum(room) // num_ranks)
-    num_long = int(np.count_nonzero((work[order] > mean) | (lengths[order] > tokens)))
     is_long = (work[order] > mean) | (lengths[order] > tokens)
-    stripes = _place_stripes(order[is_long], lengths, work, mean, free, room, block)
+    huge = is_long & (work[order] // mean > THETA * group)
+    stripes = _place_stripes(order[huge], lengths, work, mean, free, room, block)
     short = order[~is_long]
+    n, w = lengths[short], work[short]
+    density = _filler_density(n, w, lengths[order[is_long & ~huge]], work[order[is_long & ~huge]], free, room)
+    stripes += _place_pairs(order[is_long & ~huge], lengths, work, mean, free, room, block, density)
     stripes += _place_whole(short, lengths, work, free, room)
     table = np.array(stripes, np.int64).reshape(-1, 4) if not isinstance(stripes, np.ndarray) else stripes
     table = table[np.lexsort((table[:, 1], table[:, 0], table[:, 3]))]
@@ -59,7 +62,52 @@ def place(lengths: np.ndarray, work: np.ndarray, share: np.ndarray, block: int) 
     return Segments(document, start, end, rank, before - rank * tokens)
 
 
-STRIPE_POWER = (3, 4)
+THETA = 2
+
+
+def _place_pairs(documents, lengths, work, mean, free, room, block, density):
+    out = []
+    ranks = sorted(range(len(free)), key=lambda r: (-room[r], r))
+    at = 0
+    for d in documents.tolist():
+        length = int(lengths[d])
+        per_row = int(work[d]) / length
+        head, tail = 0, length
+        while head < tail:
+            while at < len(ranks):
+                r = ranks[at]
+                rows = (room[r] - density * free[r]) / max(per_row - density, 1e-9)
+                rows = min(rows, free[r])
+                if rows * per_row >= mean * SMALLEST or rows >= tail - head:
+                    break
+                at += 1
+            if at == len(ranks):
+                r = max(range(len(free)), key=lambda r: (free[r], room[r], -r))
+                rows = free[r]
+            half = max(1, round(rows / 2 / block)) * block
+            if 2 * half > free[r]:
+                half = free[r] // 2 // block * block or (free[r]+1) // 2
+            if 2 * half >= tail - head - block and free[r] >= tail - head:
+                parts = [(head, tail)]
+            else:
+                low = (tail - half) // block * block
+                if tail - low + half > free[r]: low = tail - (free[r] - half)
+                low = max(low, head + half)
+                parts = [(head, head + half), (low, tail)]
+                head, tail = head + half, low
+                parts = [x for x in parts if x[1] > x[0]]
+            if len(parts) == 1 and parts[0] == (head, tail):
+                head = tail
+            for a, b in parts:
+                out.append((d, a, b, r))
+                free[r] -= b - a
+                room[r] -= int(work[d]) * (b * b - a * a) // (length * length)
+    return out
+
+
+SMALLEST = 0.05
+
+
 def num_stripes(work: int, share: int) -> int:
     return isqrt(isqrt(max(1, work**3 // share**3)))
 
@@ -86,7 +134,7 @@ def _place_stripes(documents, lengths, work, mean, free, room, block):
                 want = min(want, free[r])
                 key = None
             end = start + want
-            pairs = work[d] * (end * end - start * start) // (length * length)
+            pairs = int(work[d]) * (end * end - start * start) // (length * length)
             out.append((d, start, end, r))
             free[r] -= want
             room[r] -= int(pairs)
@@ -106,10 +154,7 @@ def _place_whole(documents, lengths, work, free, room):
     w = work[documents]
     rows_up_to, work_up_to = [0] + np.cumsum(n).tolist(), [0] + np.cumsum(w).tolist()
     # density of the sparsest half of the tokens
-    total = rows_up_to[-1]
-    half = bisect_right(rows_up_to, total // 2)
-    half = min(half, len(n))
-    density = (work_up_to[-1] - work_up_to[half]) / max(1, total - rows_up_to[half])
+    density = _filler_density(n, w, n[:0], w[:0], free, room)
     at = 0
     ranks = sorted(range(len(free)), key=lambda r: (room[r], r))
     for r in ranks:
@@ -134,7 +179,7 @@ def _place_whole(documents, lengths, work, free, room):
             room[r] -= work_up_to[a] - work_up_to[at]
             at = a
     for _ in range(2):
-        for r in sorted(range(len(free)), key=lambda r: (-free[r], r)):
+        for r in sorted(range(len(free)), key=lambda r: (-max(0,room[r])/max(1,free[r]), -free[r], r)):
             if at >= len(n): break
             a = bisect_right(rows_up_to, rows_up_to[at] + free[r]) - 1
             if a > at:
@@ -154,3 +199,38 @@ def _place_whole(documents, lengths, work, free, room):
             t = min(l - s, free[r])
             result.append((d, s, s + t, r)); free[r] -= t; s += t
     return result
+
+
+def _filler_density(n, w, long_n, long_w, free, room):
+    """Pairs per row of the sparsest documents, those that fill up ranks whose servers are busy already."""
+    n, w = n[::-1], w[::-1]  # sparsest first
+    rows, pairs = np.cumsum(n), np.cumsum(w)
+    if len(n) == 0: return 0.0
+    F, T = sum(room) / len(room), (sum(free)) / len(room)
+    tokens, work = int(long_n.sum()), int(long_w.sum())
+    # whole documents of at least half the mean density also fill servers up
+    return _fix(n, w, rows, pairs, tokens, work, free, room)
+
+
+def _fix(n, w, rows, pairs, tokens, work, free, room):
+    busy_rows = sum(f for f, x in zip(free, room) if x <= 0)
+    open_rooms = [x for x in room if x > 0]
+    R = len(open_rooms)
+    if R == 0: return 0.0
+    F = sum(open_rooms) / R
+    T = sum(f for f, x in zip(free, room) if x > 0) / R
+    rho = 0.0
+    # the documents sorted densest first, joined to the long ones, until what is left is only filler
+    dense_rows, dense_pairs = tokens + np.cumsum(n[::-1]), work + np.cumsum(w[::-1])
+    for _ in range(4):
+        # ranks that the densest documents keep busy, each T rows with filler of density rho
+        ranks = (dense_pairs - rho * dense_rows) / max(F - rho * T, 1e-9)
+        filler = busy_rows + ranks * T - dense_rows
+        # how many dense documents: those denser than F/T
+        k = int(np.searchsorted(-(w[::-1] / n[::-1]), -F / T))
+        need = busy_rows + ((work if k == 0 else dense_pairs[k-1]) - rho * (tokens if k == 0 else dense_rows[k-1])) / max(F - rho * T, 1e-9) * T - (tokens if k == 0 else dense_rows[k-1])
+        m = int(np.searchsorted(rows, need))
+        m = min(m, len(rows) - 1)
+        rho = pairs[m] / rows[m]
+        rho = min(rho, F / T)
+    return rho

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from bisect import bisect_left, bisect_right, insort
 from math import isqrt
 
 import numpy as np
@@ -17,7 +18,7 @@ NOBODY = -1  # inside this file: no server
 def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
     documents = bands_of(rule, inputs.lengths)
     work = documents.area() if inputs.rules == (rule,) else sum(bands_of(r, inputs.lengths).area() for r in inputs.rules)
-    segments = place(inputs.lengths, work, share_of_ranks(inputs, int(work.sum())), inputs.block)
+    segments = place(inputs.lengths, work, share_of_ranks(inputs, int(work.sum())), inputs.block, inputs.group)
     rows = documents[segments.document]
     pieces = cut(rows, segments.start, segments.end, rows.k0, rows.k1)
     area = pieces.area()
@@ -111,7 +112,7 @@ def _regions(b: Bands, area, amount, typical, group, block):
     top = b.q0.copy()
     last = b.k1.copy()
     whole = amount >= area
-    columns = ~whole & (left >= amount)
+    columns = ~whole & (left >= amount + amount // 8)
     last[columns] = b.q0[columns]
     rest = np.flatnonzero(~whole & ~columns)
     if len(rest):
@@ -124,7 +125,7 @@ def _regions(b: Bands, area, amount, typical, group, block):
         flat = cand.ravel()
         idx = np.tile(np.arange(len(rest)), n)
         rr = r[idx]
-        ok = (crop(rr, flat, rr.q1, rr.k0, flat).area() >= S[idx]).reshape(n, -1)
+        ok = (crop(rr, flat, rr.q1, rr.k0, flat).area() >= (S + S // 8)[idx]).reshape(n, -1)
         firstok = np.argmax(ok, axis=0)
         feasible = ok[firstok, np.arange(len(rest))]
         t = cand[firstok, np.arange(len(rest))]
@@ -133,21 +134,21 @@ def _regions(b: Bands, area, amount, typical, group, block):
         bad = rest[~feasible]
         if len(bad):
             r = b[bad]
-            up = _row_where(r, area[bad] - amount[bad], block)
+            up = _row_where(r, area[bad] - amount[bad] - amount[bad] // 8, block, down=True)
             top[bad] = up
     return top, last
 
 
-def _row_where(b, target, block):
+def _row_where(b, target, block, down=False):
     """The row at which the band's area above it is nearest to target."""
-    return _search(lambda y: crop(b, b.q0, y, b.k0, b.k1).area(), b.q0, b.q1, target, block)
+    return _search(lambda y: crop(b, b.q0, y, b.k0, b.k1).area(), b.q0, b.q1, target, block, down)
 
 
 def _key_where(b, target, block):
     return _search(lambda x: crop(b, b.q0, b.q1, b.k0, x).area(), b.k0, b.k1, target, block)
 
 
-def _search(area_up_to, low, high, target, block):
+def _search(area_up_to, low, high, target, block, down=False):
     """Multiple of block (or an end) at which area_up_to is nearest to the target."""
     lo, hi = low // block, -(-high // block)  # area(lo) <= target, area(hi) >= target
     at = lambda x: np.clip(x * block, low, high)  # noqa
@@ -155,6 +156,8 @@ def _search(area_up_to, low, high, target, block):
         mid = (lo + hi) // 2
         less = area_up_to(at(mid)) <= target
         lo, hi = np.where(less, mid, lo), np.where(less, hi, mid)
+    if down:
+        return at(lo)
     a, b = area_up_to(at(lo)), area_up_to(at(hi))
     return at(np.where(target - a <= b - target, lo, hi))
 
@@ -168,9 +171,7 @@ def _export(segments, pieces, area, server, piece, amount, rooms, inputs):
     top, last = _regions(pieces[piece], area[piece], amount, typical, group, block)
     region = crop(pieces[piece], top, pieces.q1[piece], pieces.k0[piece], last)
     region_area = region.area()
-    amount = np.minimum(amount, region_area)
-    full = last >= pieces.k1[piece]
-    amount = np.where(full, region_area, amount)
+    full = amount >= area[piece]
     # documents with most to give first, inside one: by rows
     document = segments.document[piece]
     by_doc = sum_by(document, amount, int(document.max()) + 1)
@@ -192,6 +193,7 @@ def _export(segments, pieces, area, server, piece, amount, rooms, inputs):
     bottom = _row_where(region[item], frac, block)
     lastpart = np.append(item[1:] != item[:-1], True)
     bottom[lastpart] = region.q1[item[lastpart]]
+    bottom = _at_least_a_block(bottom, item, region, block)
     # at least one block each
     firstpart = np.append(True, item[1:] != item[:-1])
     prev = np.where(firstpart, region.q0[item], np.roll(bottom, 1))
@@ -230,6 +232,19 @@ def _export(segments, pieces, area, server, piece, amount, rooms, inputs):
             np.concatenate([tile_server, server[piece[item]], server[piece]]))
 
 
+def _at_least_a_block(bottom, item, region, block):
+    """Move the lower borders of parts, in order, so that none inside an item is without rows where the item has enough."""
+    first = np.searchsorted(item, item)
+    number = np.arange(len(item)) - first
+    count = np.searchsorted(item, item, side="right") - first
+    low, high = region.q0[item] // block, -(-region.q1[item] // block)
+    y = -(-bottom // block)
+    lift = item * (int(high.max(initial=0)) + len(item) + 1)
+    y = np.maximum.accumulate(np.maximum(y - number - 1, low) + lift) - lift + number + 1
+    y = np.minimum(y, high - (count - 1 - number))
+    return np.clip(y * block, region.q0[item], region.q1[item])
+
+
 def _scale(x, up, down):
     """x * up // down without overflow, for x <= down."""
     shift = 0
@@ -240,44 +255,41 @@ def _scale(x, up, down):
 
 
 def _bands_of_line(document, amount, region, receivers, rooms, group):
-    """Lay receivers' rooms along the items; group them in bands."""
-    band_end, portion_end, portion_server, portion_band = [], [], [], []
+    """Give every document's exports to receivers: whole rooms, largest first; what remains goes where it just fits."""
     rows = (region.q1 - region.q0).tolist()
     amounts, docs = amount.tolist(), document.tolist()
-    recv, room = receivers.tolist(), rooms[receivers].tolist()
-    j, left_room = 0, room[0]
-    pos = 0
-    i = 0
-    n = len(amounts)
-    while i < n:
-        e = i
-        left = 0
-        while e < n and docs[e] == docs[i]:
-            left += amounts[e]
-            e += 1
-        item, item_end = i, pos + amounts[i]
-        while left > 0:
-            while pos >= item_end and item + 1 < e:
+    waiting = sorted((room, -server) for server, room in enumerate(rooms.tolist()) if room)  # smallest room first
+    band_end, portion_end, portion_server, portion_band = [], [], [], []
+    pos, first = 0, 0
+    while first < len(docs):
+        last = bisect_right(docs, docs[first], lo=first) if False else first
+        while last < len(docs) and docs[last] == docs[first]:
+            last += 1
+        left = sum(amounts[first:last])
+        portions = []
+        while left > 0 and waiting:
+            fits = bisect_left(waiting, (left,))
+            room, server = waiting.pop(min(fits, len(waiting) - 1))
+            take = min(room, left)
+            portions.append((take, -server))
+            left -= take
+            if room > take:
+                insort(waiting, (room - take, server))
+        item, item_end, at = first, pos + amounts[first], 0
+        while at < len(portions):
+            while pos >= item_end and item + 1 < last:
                 item += 1
                 item_end += amounts[item]
             width = amounts[item] // max(1, rows[item])
-            size = max(1, isqrt(group * min(left_room, left)))
-            k = max(1, (2 * width + size) // (2 * size))
-            for _ in range(k):
-                take = min(left_room, left)
+            size = max(1, isqrt(group * portions[at][0]))
+            for take, server in portions[at : at + max(1, (2 * width + size) // (2 * size))]:
                 pos += take
-                left -= take
-                left_room -= take
+                at += 1
                 portion_end.append(pos)
-                portion_server.append(recv[j])
+                portion_server.append(server)
                 portion_band.append(len(band_end))
-                if left_room == 0 and j + 1 < len(recv):
-                    j += 1
-                    left_room = room[j]
-                if left == 0:
-                    break
             band_end.append(pos)
-        i = e
+        first = last
     return tuple(np.array(x, np.int64) for x in (band_end, portion_end, portion_server, portion_band))
 
 
