@@ -48,11 +48,15 @@ def place(lengths: np.ndarray, work: np.ndarray, share: np.ndarray, block: int, 
     order = order[lengths[order] > 0]
     mean = max(1, sum(room) // num_ranks)
     is_long = (work[order] > mean) | (lengths[order] > tokens)
-    huge = is_long & (work[order] // mean > THETA * group)
+    huge = is_long & (work[order] // mean * 2 > THETA * group)
     stripes = _place_stripes(order[huge], lengths, work, mean, free, room, block)
     short = order[~is_long]
     n, w = lengths[short], work[short]
     density = _filler_density(n, w, lengths[order[is_long & ~huge]], work[order[is_long & ~huge]], free, room)
+    rocks = work[short] * ROCK > mean
+    if ROCK:
+        stripes += _place_rocks(short[rocks], lengths, work, density, free, room)
+        short = short[~rocks]
     stripes += _place_pairs(order[is_long & ~huge], lengths, work, mean, free, room, block, density)
     stripes += _place_whole(short, lengths, work, free, room)
     table = np.array(stripes, np.int64).reshape(-1, 4) if not isinstance(stripes, np.ndarray) else stripes
@@ -62,7 +66,39 @@ def place(lengths: np.ndarray, work: np.ndarray, share: np.ndarray, block: int, 
     return Segments(document, start, end, rank, before - rank * tokens)
 
 
-THETA = 2
+THETA = 3
+ROCK = 32
+
+
+def _place_rocks(documents, lengths, work, density, free, room):
+    """Best fit."""
+    out = []
+    ranks = sorted((int(room[r] - density * free[r]), r) for r in range(len(free)))
+    from bisect import bisect_left, insort
+    for d in documents.tolist():
+        need = int(work[d] - density * lengths[d])
+        at = bisect_left(ranks, (need,))
+        while at < len(ranks) and free[ranks[at][1]] < lengths[d]:
+            at += 1
+        if at == len(ranks):
+            at -= 1
+            while at >= 0 and free[ranks[at][1]] < lengths[d]:
+                at -= 1
+        if at < 0:
+            r = max(range(len(free)), key=lambda r: free[r])
+            left = int(lengths[d]); a = 0
+            while left:
+                r = max(range(len(free)), key=lambda r: free[r])
+                t = min(free[r], left)
+                out.append((d, a, a + t, r)); a += t; left -= t; free[r] -= t; room[r] -= int(work[d]) * t // int(lengths[d])
+            ranks = sorted((int(room[r] - density * free[r]), r) for r in range(len(free)))
+            continue
+        _, r = ranks.pop(at)
+        out.append((d, 0, int(lengths[d]), r))
+        free[r] -= int(lengths[d]); room[r] -= int(work[d])
+        insort(ranks, (int(room[r] - density * free[r]), r))
+    return out
+
 
 
 def _place_pairs(documents, lengths, work, mean, free, room, block, density):
@@ -82,8 +118,9 @@ def _place_pairs(documents, lengths, work, mean, free, room, block, density):
                     break
                 at += 1
             if at == len(ranks):
-                r = max(range(len(free)), key=lambda r: (free[r], room[r], -r))
-                rows = free[r]
+                want = max(2 * block, round(mean / LATE / per_row))
+                r = max(range(len(free)), key=lambda r: (min(free[r], want), room[r] - density * free[r], -r))
+                rows = min(free[r], want)
             half = max(1, round(rows / 2 / block)) * block
             if 2 * half > free[r]:
                 half = free[r] // 2 // block * block or (free[r]+1) // 2
@@ -106,10 +143,11 @@ def _place_pairs(documents, lengths, work, mean, free, room, block, density):
 
 
 SMALLEST = 0.05
+LATE = 4
 
 
 def num_stripes(work: int, share: int) -> int:
-    return isqrt(isqrt(max(1, work**3 // share**3)))
+    return max(1, (isqrt(isqrt(isqrt(256 * work**7 // share**7))) + 1) // 2)
 
 
 def _place_stripes(documents, lengths, work, mean, free, room, block):

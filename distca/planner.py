@@ -112,12 +112,18 @@ def _regions(b: Bands, area, amount, typical, group, block):
     top = b.q0.copy()
     last = b.k1.copy()
     whole = amount >= area
-    columns = ~whole & (left >= amount + amount // 8)
+    rect = np.maximum(rows, 1)
+    e = np.minimum(amount, typical)
+    w = np.array([max(1, isqrt(int(group * x))) for x in e], np.int64)
+    part_cost = 2 * (amount // np.maximum(e, 1) + 1) * w
+    part_cost = np.maximum(2 * w, 2 * amount // np.maximum(e // w, 1))
+    all_cost = group * rows + np.maximum(amount // rect - w * 0, 0) * np.maximum(amount // np.maximum(e, 1) - 1, 0)
+    columns = ~whole & (left >= amount + amount // 8) & (all_cost <= part_cost)
     last[columns] = b.q0[columns]
     rest = np.flatnonzero(~whole & ~columns)
     if len(rest):
         r, S = b[rest], amount[rest]
-        h = np.array([isqrt(int(min(x, typical)) // group) for x in S], np.int64)
+        h = np.maximum(S // w[rest], 1)
         n = 32
         step = np.maximum(-(-(r.q1 - r.q0) // n), 1)
         j = np.arange(1, n + 1)[:, None]
