@@ -1,26 +1,31 @@
 """Which rank holds which rows?
 
 Every rank holds the same number of rows. Which documents lie where is free: their order inside one optimizer step does not
-change the gradient. So documents are placed where their attention is cheap to share out:
+change the gradient. So documents are placed where their attention is cheap to share out, longest first:
 
-    rank 0   | A rows 0..      | c  | x x x x|     A, B   long documents, more work than one server's share: cut into *stripes*,
-    rank 1   | A rows 8K..     | x x x x x x |            fewer than servers will work on them (`num_stripes`), longest first,
-    rank 2   | A rows 16K..    | B rows 0..  |            each stripe on the rank with least work so far
-    rank 3   | B rows 12K..    | d  | x x x x|     c to h whole documents: fill one rank after another with a share of work,
-    rank 4   | e   | f   | g   | h   | x x x |            so that some ranks are served without any traffic and others,
-    rank 5   | x x x x x x x x x x x x x x x |     x      with short documents only, have their servers' time to give away
+    rank 0   | A rows 0..    |  x  x  x  x |   A     *stripes*: a document of many servers' work is cut into fewer stripes than
+    rank 1   | A rows 16K..  |  x  x  x  x |         servers will work on it; each goes to the rank with least work so far
+    rank 2   | B head | B tail | x x x x x |   B, C  *pairs*: a document of a few servers' work is laid along the ranks from its
+    rank 3   | B   B | C head  |  C tail | |         two ends inwards. A pair of h head and h tail rows attends about h x length
+    rank 4   | C | d | e |  x  x  x  x  x  |         pairs wherever it is cut, so each rank gets exactly the work it has room for
+    rank 5   | f   | g   | h   | i   | j   |   d..j  *whole* documents fill one rank after another up to its share of work
+    rank 6   | x x x x x x x x x x x x x x |   x     *filler*: the shortest documents take the rows that are left
 
-Only the last rows are cut where they happen to cross a border between ranks, and those belong to the shortest documents.
+Ranks 2 to 5 then need no help and give none: only keys travel for B and C, nothing for d to j. Ranks like 6 are the ones with time
+to give to A. This is cheaper than making all ranks a little short of work, because what a server pays for a tile grows with the
+square root of the tile's work. Where filler crosses a border between ranks it is cut, and that is one of the shortest documents.
 """
 
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from math import isqrt
 
 import numpy as np
+
+UNIT = 1024  # densities are integers: pairs per row, in 1/1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,237 +43,212 @@ class Segments:
         return Segments(self.document[mine], self.start[mine], self.end[mine], self.rank[mine], self.row[mine])
 
 
-def place(lengths: np.ndarray, work: np.ndarray, share: np.ndarray, block: int, group: int = 4) -> Segments:
-    """Documents of `lengths` tokens and `work` pairs onto ranks whose servers should each do `share` pairs."""
+def place(lengths: np.ndarray, work: np.ndarray, share: np.ndarray, group: int, block: int) -> Segments:
+    """Documents of `lengths` tokens and `work` pairs onto len(share) ranks of equal size, each good for `share` pairs.
+
+    `group` is what a moved query row costs in moved key rows. Documents of equal length are interchangeable."""
     num_ranks, total = len(share), int(lengths.sum())
     assert total % num_ranks == 0, f"{total} tokens cannot be shared equally by {num_ranks} ranks"
     tokens = total // num_ranks
-    free, room = [tokens] * num_ranks, share.tolist()  # rows and pairs that each rank can still take
-    order = np.lexsort((np.arange(len(lengths)), -lengths, -work))
-    order = order[lengths[order] > 0]
-    mean = max(1, sum(room) // num_ranks)
-    is_long = (work[order] > mean) | (lengths[order] > tokens)
-    huge = is_long & (work[order] // mean * 2 > THETA * group)
-    stripes = _place_stripes(order[huge], lengths, work, mean, free, room, block)
-    short = order[~is_long]
-    n, w = lengths[short], work[short]
-    density = _filler_density(n, w, lengths[order[is_long & ~huge]], work[order[is_long & ~huge]], free, room)
-    rocks = work[short] * ROCK > mean
-    if ROCK:
-        stripes += _place_rocks(short[rocks], lengths, work, density, free, room)
-        short = short[~rocks]
-    stripes += _place_pairs(order[is_long & ~huge], lengths, work, mean, free, room, block, density)
-    stripes += _place_whole(short, lengths, work, free, room)
-    table = np.array(stripes, np.int64).reshape(-1, 4) if not isinstance(stripes, np.ndarray) else stripes
-    table = table[np.lexsort((table[:, 1], table[:, 0], table[:, 3]))]
-    document, start, end, rank = table.T
-    before = np.cumsum(end - start) - (end - start)
-    return Segments(document, start, end, rank, before - rank * tokens)
+    order = np.argsort(-lengths, kind="stable")
+    order = order[: np.count_nonzero(lengths)]
+    ranks = _Ranks([tokens] * num_ranks, share.tolist())
+    mean = max(1, int(share.sum()) // num_ranks)
 
+    num_split = int(np.count_nonzero((work[order] > mean) | (lengths[order] > tokens)))
+    num_striped = int(np.count_nonzero(2 * work[order[:num_split]] > 3 * group * mean))
+    striped, paired, whole = np.split(order, [num_striped, num_split])
+    table = _lay_stripes(striped, lengths, work, mean, ranks, block)
+    filler = _Queue(lengths[whole], work[whole])
+    table += _lay_pairs(paired, lengths, work, mean, ranks, filler, block)
+    split = np.array(table, np.int64).reshape(-1, 4)
+    queued, start, end, rank = _fill(filler, ranks)
 
-THETA = 3
-ROCK = 32
-
-
-def _place_rocks(documents, lengths, work, density, free, room):
-    """Best fit."""
-    out = []
-    ranks = sorted((int(room[r] - density * free[r]), r) for r in range(len(free)))
-    from bisect import bisect_left, insort
-    for d in documents.tolist():
-        need = int(work[d] - density * lengths[d])
-        at = bisect_left(ranks, (need,))
-        while at < len(ranks) and free[ranks[at][1]] < lengths[d]:
-            at += 1
-        if at == len(ranks):
-            at -= 1
-            while at >= 0 and free[ranks[at][1]] < lengths[d]:
-                at -= 1
-        if at < 0:
-            r = max(range(len(free)), key=lambda r: free[r])
-            left = int(lengths[d]); a = 0
-            while left:
-                r = max(range(len(free)), key=lambda r: free[r])
-                t = min(free[r], left)
-                out.append((d, a, a + t, r)); a += t; left -= t; free[r] -= t; room[r] -= int(work[d]) * t // int(lengths[d])
-            ranks = sorted((int(room[r] - density * free[r]), r) for r in range(len(free)))
-            continue
-        _, r = ranks.pop(at)
-        out.append((d, 0, int(lengths[d]), r))
-        free[r] -= int(lengths[d]); room[r] -= int(work[d])
-        insort(ranks, (int(room[r] - density * free[r]), r))
-    return out
-
-
-
-def _place_pairs(documents, lengths, work, mean, free, room, block, density):
-    out = []
-    ranks = sorted(range(len(free)), key=lambda r: (-room[r], r))
-    at = 0
-    for d in documents.tolist():
-        length = int(lengths[d])
-        per_row = int(work[d]) / length
-        head, tail = 0, length
-        while head < tail:
-            while at < len(ranks):
-                r = ranks[at]
-                rows = (room[r] - density * free[r]) / max(per_row - density, 1e-9)
-                rows = min(rows, free[r])
-                if rows * per_row >= mean * SMALLEST or rows >= tail - head:
-                    break
-                at += 1
-            if at == len(ranks):
-                want = max(2 * block, round(mean / LATE / per_row))
-                r = max(range(len(free)), key=lambda r: (min(free[r], want), room[r] - density * free[r], -r))
-                rows = min(free[r], want)
-            half = max(1, round(rows / 2 / block)) * block
-            if 2 * half > free[r]:
-                half = free[r] // 2 // block * block or (free[r]+1) // 2
-            if 2 * half >= tail - head - block and free[r] >= tail - head:
-                parts = [(head, tail)]
-            else:
-                low = (tail - half) // block * block
-                if tail - low + half > free[r]: low = tail - (free[r] - half)
-                low = max(low, head + half)
-                parts = [(head, head + half), (low, tail)]
-                head, tail = head + half, low
-                parts = [x for x in parts if x[1] > x[0]]
-            if len(parts) == 1 and parts[0] == (head, tail):
-                head = tail
-            for a, b in parts:
-                out.append((d, a, b, r))
-                free[r] -= b - a
-                room[r] -= int(work[d]) * (b * b - a * a) // (length * length)
-    return out
-
-
-SMALLEST = 0.05
-LATE = 4
+    document = np.concatenate([split[:, 0], whole[queued]])
+    start, end = np.concatenate([split[:, 1], start]), np.concatenate([split[:, 2], end])
+    rank = np.concatenate([split[:, 3], rank])
+    order = np.lexsort((start, document, rank))
+    document, start, end, rank = document[order], start[order], end[order], rank[order]
+    return Segments(document, start, end, rank, np.cumsum(end - start) - (end - start) - rank * tokens)
 
 
 def num_stripes(work: int, share: int) -> int:
+    """(work / share) to the power 7/8, rounded: fewer stripes save bytes, more of them spread what each of their ranks sends."""
     return max(1, (isqrt(isqrt(isqrt(256 * work**7 // share**7))) + 1) // 2)
 
 
-def _place_stripes(documents, lengths, work, mean, free, room, block):
-    out = []
-    heap = [(-room[r], r) for r in range(len(free))]
-    heapq.heapify(heap)
+class _Ranks:
+    """What every rank can still take while documents are laid out: `free` rows and `room` pairs."""
+
+    def __init__(self, free: list[int], room: list[int]):
+        self.free, self.room = free, room
+        self._heap = [(-pairs, rank) for rank, pairs in enumerate(room)]
+        heapq.heapify(self._heap)
+
+    def take(self, rank: int, rows: int, pairs: int) -> None:
+        self.free[rank] -= rows
+        self.room[rank] -= pairs
+        heapq.heappush(self._heap, (-self.room[rank], rank))
+
+    def roomiest(self, rows: int) -> int | None:
+        """The rank with room for most pairs among those with `rows` free rows."""
+        found, too_full = None, []
+        while self._heap and found is None:
+            entry = heapq.heappop(self._heap)
+            pairs, rank = entry
+            if -pairs != self.room[rank] or self.free[rank] == 0:
+                continue  # out of date: a newer entry of this rank is in the heap
+            too_full.append(entry)
+            if self.free[rank] >= rows:
+                found = rank
+        for entry in too_full:
+            heapq.heappush(self._heap, entry)
+        return found
+
+
+class _Queue:
+    """Whole documents, longest first, with running sums: entries [a, b) hold rows[b] - rows[a] rows."""
+
+    def __init__(self, lengths: np.ndarray, work: np.ndarray):
+        self.rows, self.pairs = ([0, *np.cumsum(column).tolist()] for column in (lengths, work))
+
+    def __len__(self) -> int:
+        return len(self.rows) - 1
+
+
+def _lay_stripes(documents, lengths, work, mean, ranks, block) -> list[tuple[int, int, int, int]]:
+    """(document, start, end, rank) of even stripes, each on the rank with most room."""
+    table = []
     for d in documents.tolist():
-        length = int(lengths[d])
-        p = num_stripes(int(work[d]), mean)
-        rows = min(-(-length // (p * block)) * block, max(block, max(free) ))
-        start = 0
-        skipped = []
+        length, pairs, start = int(lengths[d]), int(work[d]), 0
+        rows = _up(-(-length // num_stripes(pairs, mean)), block)
         while start < length:
-            want = min(rows, length - start)
-            while heap:
-                key, r = heapq.heappop(heap)
-                if free[r] >= want:
-                    break
-                skipped.append((key, r))
-            else:
-                r = max(range(len(free)), key=lambda r: (free[r], -r))
-                want = min(want, free[r])
-                key = None
-            end = start + want
-            pairs = int(work[d]) * (end * end - start * start) // (length * length)
-            out.append((d, start, end, r))
-            free[r] -= want
-            room[r] -= int(pairs)
+            rank = ranks.roomiest(min(rows, length - start))
+            if rank is None:
+                rows = max(1, rows // 2 // block * block or rows // 2)
+                continue
+            end = min(start + rows, length)
+            table.append((d, start, end, rank))
+            ranks.take(rank, end - start, _pairs_of_rows(pairs, length, start, end))
             start = end
-            if key is None:
-                skipped = [(-room[r] if q == r else k, q) for k, q in skipped]
+    return table
+
+
+def _lay_pairs(documents, lengths, work, mean, ranks, filler, block) -> list[tuple[int, int, int, int]]:
+    """(document, start, end, rank) of head and tail pairs, from both ends inwards, as large as each rank has room for."""
+    table = []
+    density = _filler_density(filler, int(lengths[documents].sum()), int(work[documents].sum()), ranks)
+    queue = sorted(range(len(ranks.room)), key=lambda r: (ranks.room[r], -r))  # popped from its end: most room first
+    for d in documents.tolist():
+        length, pairs, head, tail = int(lengths[d]), int(work[d]), 0, int(lengths[d])
+        per_row = UNIT * pairs // length
+        while head < tail:
+            rows = 0
+            while queue and not rows:
+                rank = queue[-1]  # its free rows will be filled up, so a pair's rows replace filler
+                room = UNIT * ranks.room[rank] - density * ranks.free[rank]
+                rows = min(max(room, 0) // max(per_row - density, 1), ranks.free[rank], tail - head)
+                if rows * per_row < UNIT * mean // 20 and rows < tail - head:  # not worth a twentieth of a share
+                    queue.pop()
+                    rows = 0
+            if not rows:  # every rank has its share: spread what is left, in quarters of a share
+                rows = min(max(2 * block, UNIT * mean // 4 // per_row), tail - head)
+                while (rank := ranks.roomiest(rows)) is None:
+                    rows = max(1, rows // 2)
+            half = max(block, _nearest(rows // 2, block))
+            if tail - head - 2 * half < block or 2 * half > ranks.free[rank]:
+                parts = [(head, min(tail, head + ranks.free[rank]))]
+                if parts[0][1] < tail:  # the rows that are free here, wherever that cuts
+                    parts = [(head, head + rows)]
+                head = parts[0][1]
             else:
-                heapq.heappush(heap, (-room[r], r))
-        for x in skipped:
-            heapq.heappush(heap, x)
-    return out
+                low = max(head + half, _up(tail - half, block)) if tail % block else tail - half
+                parts = [(head, head + half), (low, tail)]
+                head, tail = head + half, low
+            for start, end in parts:
+                table.append((d, start, end, rank))
+                ranks.take(rank, end - start, _pairs_of_rows(pairs, length, start, end))
+    return table
 
 
-def _place_whole(documents, lengths, work, free, room):
-    out = []
-    n = lengths[documents]
-    w = work[documents]
-    rows_up_to, work_up_to = [0] + np.cumsum(n).tolist(), [0] + np.cumsum(w).tolist()
-    # density of the sparsest half of the tokens
-    density = _filler_density(n, w, n[:0], w[:0], free, room)
-    at = 0
-    ranks = sorted(range(len(free)), key=lambda r: (room[r], r))
-    for r in ranks:
-        # work cap with reserve: work + (free - rows) * density <= room
-        if at >= len(n):
-            break
-        lo = at
-        hi = bisect_right(rows_up_to, rows_up_to[at] + free[r]) - 1
-        base = room[r] - density * free[r]
-        if base <= 0: continue
-        # largest b with work[b]-work[at] - density*(rows[b]-rows[at]) <= base ; monotone while docs are denser
-        a, b = at, hi
-        while a < b:
-            m = (a + b + 1) // 2
-            if work_up_to[m] - work_up_to[at] - density * (rows_up_to[m] - rows_up_to[at]) <= base:
-                a = m
-            else:
-                b = m - 1
-        if a > at:
-            out.append((at, a, r))
-            free[r] -= rows_up_to[a] - rows_up_to[at]
-            room[r] -= work_up_to[a] - work_up_to[at]
-            at = a
-    for _ in range(2):
-        for r in sorted(range(len(free)), key=lambda r: (-max(0,room[r])/max(1,free[r]), -free[r], r)):
-            if at >= len(n): break
-            a = bisect_right(rows_up_to, rows_up_to[at] + free[r]) - 1
-            if a > at:
-                out.append((at, a, r))
-                free[r] -= rows_up_to[a] - rows_up_to[at]
-                room[r] -= work_up_to[a] - work_up_to[at]
-                at = a
-    result = []
-    for a, b, r in out:
-        result += [(d, 0, l, r) for d, l in zip(documents[a:b].tolist(), n[a:b].tolist())]
-    # pour the rest
-    r = 0
-    for d, l in zip(documents[at:].tolist(), n[at:].tolist()):
-        s = 0
-        while s < l:
-            while free[r] == 0: r += 1
-            t = min(l - s, free[r])
-            result.append((d, s, s + t, r)); free[r] -= t; s += t
-    return result
+def _fill(queue: _Queue, ranks: _Ranks) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Entries of the queue, first row, last row, rank: whole documents in runs, then what is left, cut where it must be."""
+    runs, at = [], 0
+
+    def take_run(rank: int, end: int) -> int:
+        if end > at:
+            runs.append((at, end, rank))
+            ranks.take(rank, queue.rows[end] - queue.rows[at], queue.pairs[end] - queue.pairs[at])
+        return max(at, end)
+
+    everyone = range(len(ranks.free))
+    density = _filler_density(queue, 0, 0, ranks)
+    for rank in sorted(everyone, key=lambda r: (ranks.room[r], r)):  # up to its share of work, filler included
+        fits = bisect_right(queue.rows, queue.rows[at] + ranks.free[rank]) - 1
+        spare = UNIT * ranks.room[rank] - density * ranks.free[rank]
+        excess = lambda end: UNIT * (queue.pairs[end] - queue.pairs[at]) - density * (queue.rows[end] - queue.rows[at])  # noqa: E731, B023
+        at = take_run(rank, bisect_right(range(at + 1, fits + 1), spare, key=excess) + at)
+    for _ in range(2):  # up to its rows: the longest where most room for work is left on each row
+        for rank in sorted(everyone, key=lambda r: (-max(0, UNIT * ranks.room[r]) // max(1, ranks.free[r]), -ranks.free[r], r)):
+            at = take_run(rank, bisect_right(queue.rows, queue.rows[at] + ranks.free[rank]) - 1)
+
+    first, last, rank = np.array(runs, np.int64).reshape(-1, 3).T
+    rows = np.diff(queue.rows)
+    entry = _ranges(first, last - first)
+    rest = _pour(np.array(queue.rows[at:], np.int64) - queue.rows[at], np.cumsum([0, *ranks.free]))
+    entry = np.concatenate([entry, at + rest[0]])
+    end = np.concatenate([rows[entry[: len(entry) - len(rest[0])]], rest[2]])
+    start = np.concatenate([np.zeros(len(entry) - len(rest[0]), np.int64), rest[1]])
+    return entry, start, end, np.concatenate([np.repeat(rank, last - first), rest[3]])
 
 
-def _filler_density(n, w, long_n, long_w, free, room):
-    """Pairs per row of the sparsest documents, those that fill up ranks whose servers are busy already."""
-    n, w = n[::-1], w[::-1]  # sparsest first
-    rows, pairs = np.cumsum(n), np.cumsum(w)
-    if len(n) == 0: return 0.0
-    F, T = sum(room) / len(room), (sum(free)) / len(room)
-    tokens, work = int(long_n.sum()), int(long_w.sum())
-    # whole documents of at least half the mean density also fill servers up
-    return _fix(n, w, rows, pairs, tokens, work, free, room)
+def _pour(entries: np.ndarray, vessels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Lay entries end to end beside vessels (borders of both, from 0 to one total): entry, its first and last row, vessel."""
+    assert entries[-1] == vessels[-1], f"{entries[-1]} rows for {vessels[-1]} places"
+    borders = np.unique(np.concatenate([entries, vessels]))
+    start, end = borders[:-1], borders[1:]
+    entry = np.searchsorted(entries, start, side="right") - 1
+    return entry, start - entries[entry], end - entries[entry], np.searchsorted(vessels, start, side="right") - 1
 
 
-def _fix(n, w, rows, pairs, tokens, work, free, room):
-    busy_rows = sum(f for f, x in zip(free, room) if x <= 0)
-    open_rooms = [x for x in room if x > 0]
-    R = len(open_rooms)
-    if R == 0: return 0.0
-    F = sum(open_rooms) / R
-    T = sum(f for f, x in zip(free, room) if x > 0) / R
-    rho = 0.0
-    # the documents sorted densest first, joined to the long ones, until what is left is only filler
-    dense_rows, dense_pairs = tokens + np.cumsum(n[::-1]), work + np.cumsum(w[::-1])
+def _filler_density(filler: _Queue, rows: int, pairs: int, ranks: _Ranks) -> int:
+    """Pairs per row of the shortest documents, those that will fill up the ranks which have their share of work without them.
+
+    Beside `filler`, documents of `rows` and `pairs` are still to be placed. Each full rank gives `density` back per row that is
+    not filler; a few rounds settle which documents are needed."""
+    opened = [r for r, room in enumerate(ranks.room) if room > 0]
+    if not opened or not len(filler):
+        return 0
+    free, room = sum(ranks.free[r] for r in opened), sum(ranks.room[r] for r in opened)
+    shut = sum(ranks.free) - free
+    # documents with more work per row than ranks have on average fill ranks up; the last documents fill the gaps
+    dense = bisect_left(range(len(filler)), True, key=lambda i: _density(filler, i, i + 1) * free < UNIT * room)
+    rows, pairs, density = rows + filler.rows[dense], pairs + filler.pairs[dense], 0
     for _ in range(4):
-        # ranks that the densest documents keep busy, each T rows with filler of density rho
-        ranks = (dense_pairs - rho * dense_rows) / max(F - rho * T, 1e-9)
-        filler = busy_rows + ranks * T - dense_rows
-        # how many dense documents: those denser than F/T
-        k = int(np.searchsorted(-(w[::-1] / n[::-1]), -F / T))
-        need = busy_rows + ((work if k == 0 else dense_pairs[k-1]) - rho * (tokens if k == 0 else dense_rows[k-1])) / max(F - rho * T, 1e-9) * T - (tokens if k == 0 else dense_rows[k-1])
-        m = int(np.searchsorted(rows, need))
-        m = min(m, len(rows) - 1)
-        rho = pairs[m] / rows[m]
-        rho = min(rho, F / T)
-    return rho
+        busy = max(0, UNIT * pairs - density * rows) * free // max(1, UNIT * room - density * free)  # rows of full ranks
+        need = min(max(0, shut + busy - rows), filler.rows[-1])
+        first = min(bisect_left(filler.rows, filler.rows[-1] - need), len(filler) - 1)
+        density = min(_density(filler, first, len(filler)), UNIT * room // max(1, free))
+    return density
+
+
+def _density(queue: _Queue, first: int, last: int) -> int:
+    return UNIT * (queue.pairs[last] - queue.pairs[first]) // (queue.rows[last] - queue.rows[first])
+
+
+def _pairs_of_rows(pairs: int, length: int, start: int, end: int) -> int:
+    """About how many of a document's pairs its rows [start, end) attend: late rows see more."""
+    return pairs * (end * end - start * start) // (length * length)
+
+
+def _up(x: int, block: int) -> int:
+    return -(-x // block) * block
+
+
+def _nearest(x: int, block: int) -> int:
+    return (x + block // 2) // block * block
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[3, 10], [2, 3] -> [3, 4, 10, 11, 12]."""
+    return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))

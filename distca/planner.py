@@ -18,7 +18,7 @@ NOBODY = -1  # inside this file: no server
 def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
     documents = bands_of(rule, inputs.lengths)
     work = documents.area() if inputs.rules == (rule,) else sum(bands_of(r, inputs.lengths).area() for r in inputs.rules)
-    segments = place(inputs.lengths, work, share_of_ranks(inputs, int(work.sum())), inputs.block, inputs.group)
+    segments = place(inputs.lengths, work, share_of_ranks(inputs, int(work.sum())), inputs.group, inputs.block)
     rows = documents[segments.document]
     pieces = cut(rows, segments.start, segments.end, rows.k0, rows.k1)
     area = pieces.area()
@@ -44,16 +44,14 @@ def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
 
 AIM = (3, 4)
 
-def share_of_ranks(inputs, total):
-    pool = inputs.pool
-    share = shares(total, pool)
-    out = np.full(inputs.num_ranks, -(-total // inputs.num_ranks), np.int64)
-    if any(h is not None for h in pool.home):
-        out[:] = 0
-        for s, h in enumerate(pool.home):
-            if h is not None:
-                out[h] = share[s]
-    return out
+def share_of_ranks(inputs: PlanInputs, total: int) -> np.ndarray:
+    """(ranks,) pairs that each rank should hold: all alike if no server lives on a rank, else in proportion to its server."""
+    weight = [0] * inputs.num_ranks
+    for capacity, rank in zip(inputs.pool.capacity, inputs.pool.home, strict=True):
+        if rank is not None:
+            weight[rank] = capacity
+    whole = sum(weight)
+    return np.array([-(-total * w // whole) if whole else -(-total // inputs.num_ranks) for w in weight], np.int64)
 
 
 def _home_server(segments: Segments, pool: Pool) -> np.ndarray:
