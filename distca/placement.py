@@ -43,19 +43,20 @@ class Segments:
         return Segments(self.document[mine], self.start[mine], self.end[mine], self.rank[mine], self.row[mine])
 
 
-def place(lengths: np.ndarray, work: np.ndarray, share: np.ndarray, group: int, block: int) -> Segments:
-    """Documents of `lengths` tokens and `work` pairs onto len(share) ranks of equal size, each good for `share` pairs.
+def place(
+    lengths: np.ndarray, work: np.ndarray, share: np.ndarray, rows: np.ndarray, group: int, block: int
+) -> Segments:
+    """Documents of `lengths` tokens and `work` pairs onto ranks that hold exactly `rows` each and are good for `share` pairs.
 
     `group` is what a moved query row costs in moved key rows. Documents of equal length are interchangeable."""
-    num_ranks, total = len(share), int(lengths.sum())
-    assert total % num_ranks == 0, f"{total} tokens cannot be shared equally by {num_ranks} ranks"
-    tokens = total // num_ranks
+    num_ranks = len(share)
+    assert lengths.sum() == rows.sum(), f"{lengths.sum()} tokens for {num_ranks} ranks with {rows.sum()} rows"
     order = np.argsort(-lengths, kind="stable")
     order = order[: np.count_nonzero(lengths)]
-    ranks = _Ranks([tokens] * num_ranks, share.tolist())
+    ranks = _Ranks(rows.tolist(), share.tolist())
     mean = max(1, int(share.sum()) // num_ranks)
 
-    num_split = int(np.count_nonzero((work[order] > mean) | (lengths[order] > tokens)))
+    num_split = int(np.count_nonzero((work[order] > mean) | (lengths[order] > rows.max())))
     num_striped = int(np.count_nonzero(2 * work[order[:num_split]] > 3 * group * mean))
     striped, paired, whole = np.split(order, [num_striped, num_split])
     table = _lay_stripes(striped, lengths, work, mean, ranks, block)
@@ -69,7 +70,7 @@ def place(lengths: np.ndarray, work: np.ndarray, share: np.ndarray, group: int, 
     rank = np.concatenate([split[:, 3], rank])
     order = np.lexsort((start, document, rank))
     document, start, end, rank = document[order], start[order], end[order], rank[order]
-    return Segments(document, start, end, rank, np.cumsum(end - start) - (end - start) - rank * tokens)
+    return Segments(document, start, end, rank, np.cumsum(end - start) - (end - start) - (np.cumsum(rows) - rows)[rank])
 
 
 def num_stripes(work: int, share: int) -> int:

@@ -4,7 +4,7 @@ A `Plan` is made from `PlanInputs` alone (integers: lengths, capacities, mask), 
 8-byte digest, never the plan. `Plan.check()` states what every plan guarantees:
   - each allowed (query, key) pair is in exactly one task, and each task has one server of the pool;
   - tasks are cut at multiples of `block` rows and keys counted from the document's start, or at a border between ranks;
-  - no server's load exceeds its fair share by more than the tolerance plus one tile of block x block pairs;
+  - no server's load exceeds its fair share by more than the tolerance and what one cut decides: `block` rows and keys of its tasks;
   - every rank holds the same number of rows.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields
+from math import isqrt
 
 import numpy as np
 
@@ -112,10 +113,16 @@ class Plan:
         self._check_cover()
         assert ((self.server >= 0) & (self.server < len(self.pool))).all(), "a task without a server"
         load, limit = self.load(), limits(int(self.bands.area().sum()), self.pool, self.tolerance)
-        over = np.flatnonzero(load > limit + self.block**2)
+        over = np.flatnonzero(load > limit + self._grain())
         assert len(over) == 0, f"server {over[0]} has {load[over[0]]} pairs, its limit is {limit[over[0]]}"
         held = sum_by(self.segments.rank, self.segments.end - self.segments.start, int(self.segments.rank.max()) + 1)
         assert (held == held[0]).all(), f"ranks hold {held.tolist()} rows"
+
+    def _grain(self) -> np.ndarray:
+        """(servers,) int64: pairs in `block` rows and `block` keys of each server's longest task, as far as its cuts may be off."""
+        sides = np.zeros(len(self.pool), np.int64)
+        np.maximum.at(sides, self.server, self.bands.q1 - self.bands.q0 + self.bands.k1 - self.bands.k0)
+        return sides * self.block
 
     def _check_cover(self) -> None:
         wanted, got = (
@@ -161,6 +168,29 @@ def shares(total: int, pool: Pool) -> np.ndarray:
     """(servers,) int64: `total` divided in proportion to capacity, rounded up."""
     whole = sum(pool.capacity)
     return np.array([-(-total * c // whole) for c in pool.capacity], np.int64)
+
+
+def least_moved(plan: Plan, group: int) -> int:
+    """A lower bound on what any exactly even plan moves, in key/value rows (a query row counts `group`), however it cuts.
+
+    A server that holds at most r rows of one document computes at most A pairs of its own rows and keys. The E other pairs of its
+    share need x query and y key rows from elsewhere with (r + x)(r + y) >= E + r^2; the cheapest x and y are known."""
+    s = plan.segments
+    share = shares(int(plan.load().sum()), plan.pool)
+    order = np.lexsort((s.document, s.rank))
+    document, rank = s.document[order], s.rank[order]
+    fresh = np.flatnonzero(np.append(True, (document[1:] != document[:-1]) | (rank[1:] != rank[:-1])))
+    held = np.add.reduceat((s.end - s.start)[order], fresh)  # rows of one document on one rank
+    most, own = np.zeros(int(s.rank.max()) + 1, np.int64), sum_by(rank[fresh], held * (held + 1) // 2, int(s.rank.max()) + 1)
+    np.maximum.at(most, rank[fresh], held)
+    total = 0
+    for pairs, home in zip(share.tolist(), plan.pool.home, strict=True):
+        r, away = (0, pairs) if home is None else (int(most[home]), pairs - int(own[home]))
+        if away > 0 and away + r * r < group * r * r:
+            total += away // r
+        elif away > 0:
+            total += max(0, 2 * isqrt(group * (away + r * r)) - (group + 1) * r)
+    return total
 
 
 def imbalance(load, capacity) -> float:

@@ -1,301 +1,330 @@
-"""Cut core attention into CA-tasks and give every server of the pool the same predicted work for its capacity."""
+"""Cut core attention into CA-tasks and give every server of the pool the same predicted work for its capacity.
+
+A decision from integers alone: equal inputs give an equal plan, on every rank, machine and run.
+
+Most of the work is done where `placement.place` put the rows, and never cut. Only the *surplus* moves: what a server's rows need
+beyond its limit. It is cut off the documents with most work per row, as rectangles far from the diagonal:
+
+             keys  0              X                                    One document, three stripes on three ranks.
+    rows    0      \\
+    rank 5         | \\            server 5 has time left              home   keeps the columns next to the diagonal, whose
+                   |   \\                                                     keys it holds already
+    rows 16K       +-----+-\\                                          tile   a receiver's rectangle: `group` times as wide as
+    rank 0         |tile |   \\                                                high, because a moved query row costs as much
+                   |  8  |home \\                                              as `group` moved key rows
+    rows 32K       +--+--+-------\\                                    band   tiles side by side, one row range; the last band
+    rank 1         |8 |tile|       \\                                          of a stripe goes on in the next stripe, so a
+                   |  |  9 |  home   \\                                        tile may cross the border between two ranks
+                   +--+----+-----------\\
+                   |tile 11| home        \\
+                   +-------+---------------\\
+
+  1. `_surplus`   which pieces (rows of one document on one rank) give away how many pairs
+  2. `_regions`   from which rows and keys of each piece
+  3. `_match`     to whom: whole rooms, largest first, then the smallest room that is large enough; few edges, since a tile's cost
+                  grows with the square root of its work. Everything given is thought of as one line, document by document:
+                      given    | A stripe 1 |  A stripe 2       | B ...
+                      bands    |   band 0      |  band 1  | b 2 | band 3 ...
+                      portions | 8    | 9      | 11  | 3  | 4   | 4 ...
+  4. `_tiles`     cut: every overlap on that line becomes rows of a region, split among the band's portions by exact area
+
+Cuts are searched on the mask's exact area, so any band mask is planned the same way; they lie on multiples of `block`. What a cut
+is off by stays at home; `plan_step` leaves a part of the tolerance unused for it, and more if that was not enough.
+"""
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Callable
 from dataclasses import dataclass
-from bisect import bisect_left, bisect_right, insort
 from math import isqrt
 
 import numpy as np
 
 from distca.masks import Bands, MaskRule, bands_of, crop, cut
-from distca.placement import Segments, place
+from distca.placement import place
 from distca.plan import MILLION, Plan, PlanInputs, Pool, limits, shares, sum_by
 
 NOBODY = -1  # inside this file: no server
+SLACK = (3, 2, 1, 0)  # quarters of the tolerance that are planned for, in the order in which they are tried
 
 
 def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
+    """Plan one micro-batch under one of its mask rules. Every rule of the same inputs gets the same placement."""
     documents = bands_of(rule, inputs.lengths)
-    work = documents.area() if inputs.rules == (rule,) else sum(bands_of(r, inputs.lengths).area() for r in inputs.rules)
-    segments = place(inputs.lengths, work, share_of_ranks(inputs, int(work.sum())), inputs.group, inputs.block)
-    rows = documents[segments.document]
-    pieces = cut(rows, segments.start, segments.end, rows.k0, rows.k1)
+    work = sum(bands_of(r, inputs.lengths).area() for r in inputs.rules)
+    rows = np.full(inputs.num_ranks, int(inputs.lengths.sum()) // inputs.num_ranks)
+    segments = place(inputs.lengths, work, _rank_shares(inputs, int(work.sum())), rows, inputs.group, inputs.block)
+
+    if any(home is not None for home in inputs.pool.home):
+        homes, server = segments, _home_servers(segments.rank, inputs.pool, inputs.num_ranks)
+    else:  # no rows lie on a server: place documents once more, as if they did
+        spread = np.diff(np.arange(len(inputs.pool) + 1) * int(inputs.lengths.sum()) // len(inputs.pool))
+        homes = place(inputs.lengths, work, shares(int(work.sum()), inputs.pool), spread, inputs.group, inputs.block)
+        server = homes.rank
+    whole = documents[homes.document]
+    pieces = cut(whole, homes.start, homes.end, whole.k0, whole.k1)
     area = pieces.area()
     total = int(area.sum())
-    share = shares(total, inputs.pool)
-    limit = share + share * (inputs.tolerance * AIM[0] // AIM[1]) // MILLION
-    server = _adopt(_home_server(segments, inputs.pool), area, share)
+    server = _adopt(server, area, shares(total, inputs.pool))
     load = sum_by(server, area, len(inputs.pool))
 
-    piece, amount = _surplus(server, area, pieces, load, limit)
-    rooms = np.maximum(limit - load, 0)
-    kept, tile_piece, tiles, tile_server = _export(segments, pieces, area, server, piece, amount, rooms, inputs)
-    which = np.concatenate([kept, tile_piece])
-    bands = _join(pieces[kept], tiles)
-    bands = cut(bands, bands.q0, bands.q1, bands.k0, bands.k1)
-    task_server = np.concatenate([server[kept], tile_server])
-    document = segments.document[which]
-    useful = bands.q1 > bands.q0
-    document, bands, task_server = document[useful], bands[useful], task_server[useful]
-    order = np.lexsort((bands.k0, bands.q0, document))
-    return Plan(inputs.lengths, rule, segments, inputs.pool, document[order], bands[order], task_server[order],
-                inputs.tolerance, inputs.block)
+    for quarters in SLACK:
+        limit = limits(total, inputs.pool, inputs.tolerance * quarters // 4)
+        given, tiles, tile_piece, tile_server = _share_out(homes.document, pieces, area, server, load, limit, inputs)
+        new_load = load - sum_by(server[given], area[given], len(load)) + sum_by(tile_server, tiles.area(), len(load))
+        if (new_load <= limits(total, inputs.pool, inputs.tolerance)).all():
+            break
 
-AIM = (3, 4)
+    stays = area > 0
+    stays[given] = False
+    bands = _join(pieces[stays], tiles)
+    document = np.concatenate([homes.document[stays], homes.document[tile_piece]])
+    order = _plan_order(document, bands, int(inputs.lengths.max(initial=0)))
+    return Plan(
+        inputs.lengths,
+        rule,
+        segments,
+        inputs.pool,
+        document[order],
+        bands[order],
+        np.concatenate([server[stays], tile_server])[order],
+        inputs.tolerance,
+        inputs.block,
+    )
 
-def share_of_ranks(inputs: PlanInputs, total: int) -> np.ndarray:
-    """(ranks,) pairs that each rank should hold: all alike if no server lives on a rank, else in proportion to its server."""
+
+def _rank_shares(inputs: PlanInputs, total: int) -> np.ndarray:
+    """(ranks,) pairs that each rank should hold: in proportion to the server that lives there, all alike if none does."""
     weight = [0] * inputs.num_ranks
     for capacity, rank in zip(inputs.pool.capacity, inputs.pool.home, strict=True):
         if rank is not None:
             weight[rank] = capacity
-    whole = sum(weight)
-    return np.array([-(-total * w // whole) if whole else -(-total // inputs.num_ranks) for w in weight], np.int64)
+    weight = weight if any(weight) else [1] * inputs.num_ranks
+    return np.array([-(-total * w // sum(weight)) for w in weight], np.int64)
 
 
-def _home_server(segments: Segments, pool: Pool) -> np.ndarray:
-    ranks = int(segments.rank.max(initial=0)) + 1
-    server_of = np.full(ranks, NOBODY, np.int64)
-    for server, rank in enumerate(pool.home):
-        if rank is not None:
-            server_of[rank] = server
-    return server_of[segments.rank]
+def _home_servers(rank: np.ndarray, pool: Pool, num_ranks: int) -> np.ndarray:
+    """(N,) the server that lives on each rank, or NOBODY."""
+    server_of = np.full(num_ranks, NOBODY, np.int64)
+    for server, home in enumerate(pool.home):
+        if home is not None:
+            server_of[home] = server
+    return server_of[rank]
 
 
-def _adopt(server, area, share):
-    free = np.flatnonzero(server == NOBODY)
-    if len(free) == 0:
-        return server
-    server = server.copy()
+def _adopt(server: np.ndarray, area: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """(N,) servers where NOBODY's pieces, most work first, went to whoever had most room left: a home in name only."""
+    orphans = np.flatnonzero((server == NOBODY) & (area > 0))
+    adopted = np.where(server == NOBODY, 0, server)
+    if len(orphans) == 0:
+        return adopted
     room = share - sum_by(server[server >= 0], area[server >= 0], len(share))
-    import heapq
-    heap = [(-x, s) for s, x in enumerate(room.tolist())]
+    heap = [(-pairs, s) for s, pairs in enumerate(room.tolist())]
     heapq.heapify(heap)
-    order = free[np.argsort(-area[free], kind="stable")]
-    big = order[area[order] * 64 > share.min()]
-    for p in big.tolist():
-        x, s = heapq.heappop(heap)
-        server[p] = s
-        heapq.heappush(heap, (x + int(area[p]), s))
-    small = order[len(big):]
-    left = np.zeros(len(share), np.int64)
-    for x, s in heap:
-        left[s] = max(0, -x)
-    by_room = np.argsort(-left, kind="stable")
-    middle = np.cumsum(area[small]) - area[small] // 2 - 1
-    slot = np.searchsorted(np.cumsum(left[by_room]), middle, side="right")
-    server[small] = by_room[np.minimum(slot, len(share) - 1)]
-    return server
+    orphans = orphans[np.argsort(-area[orphans], kind="stable")]
+    for piece, pairs in zip(orphans.tolist(), area[orphans].tolist(), strict=True):
+        key, adopted[piece] = heap[0]
+        heapq.heapreplace(heap, (key + pairs, int(adopted[piece])))
+    return adopted
 
 
-def _surplus(server, area, pieces, load, limit):
+def _share_out(document, pieces: Bands, area, server, load, limit, inputs: PlanInputs):
+    """The pieces of which something is given away; all their parts as tiles, with each tile's piece and server."""
+    given, amount = _surplus(pieces, area, server, load, limit)
+    room = np.maximum(limit - load, 0)
+    if len(given) == 0 or not room.any():
+        return given[:0], pieces[:0], given[:0], given[:0]
+    regions = _regions(pieces[given], area[given], amount, int(room.max()), inputs.group, inputs.block)
+    # documents that give most come first: they take the largest rooms
+    of_document = sum_by(document[given], amount, len(inputs.lengths))[document[given]]
+    order = np.lexsort((regions.q0, document[given], -of_document))
+    given, amount, regions = given[order], amount[order], regions[order]
+    line = _match(document[given], amount, regions, room, inputs.group)
+    tiles, item, tile_server = _tiles(regions, pieces[given], amount, amount == area[given], line, inputs.block)
+    tile_piece = given[item]
+    tile_server = np.where(tile_server == NOBODY, server[tile_piece], tile_server)
+    tiles = cut(tiles, tiles.q0, tiles.q1, tiles.k0, tiles.k1)
+    useful = tiles.q1 > tiles.q0
+    return given, tiles[useful], tile_piece[useful], tile_server[useful]
+
+
+def _surplus(pieces: Bands, area, server, load, limit) -> tuple[np.ndarray, np.ndarray]:
+    """Which pieces of overloaded servers give away how many pairs: those with most work per row first."""
     donors = np.flatnonzero((load > limit)[server] & (area > 0))
-    density = area[donors] // np.maximum(pieces.q1 - pieces.q0, 1)[donors]
-    donors = donors[np.lexsort((-density, server[donors]))]
-    s = server[donors]
-    w = area[donors]
-    before = np.cumsum(w) - w
-    first = np.searchsorted(s, s)  # of the same server
-    before -= before[first] if len(first) else 0
-    amount = np.clip((load - limit)[s] - before, 0, w)
-    keep = amount > 0
-    return donors[keep], amount[keep]
+    per_row = area[donors] // (pieces.q1 - pieces.q0)[donors]
+    donors = donors[np.lexsort((-per_row, server[donors]))]
+    before = np.cumsum(area[donors]) - area[donors]
+    before -= before[np.searchsorted(server[donors], server[donors])]  # counted from each server's own first piece
+    amount = np.clip((load - limit)[server[donors]] - before, 0, area[donors])
+    return donors[amount > 0], amount[amount > 0]
 
 
-def _regions(b: Bands, area, amount, typical, group, block):
-    """Top row of each export region, last key."""
-    rows = b.q1 - b.q0
-    left = crop(b, b.q0, b.q1, b.k0, b.q0).area()
-    top = b.q0.copy()
-    last = b.k1.copy()
-    whole = amount >= area
-    rect = np.maximum(rows, 1)
-    e = np.minimum(amount, typical)
-    w = np.array([max(1, isqrt(int(group * x))) for x in e], np.int64)
-    part_cost = 2 * (amount // np.maximum(e, 1) + 1) * w
-    part_cost = np.maximum(2 * w, 2 * amount // np.maximum(e // w, 1))
-    all_cost = group * rows + np.maximum(amount // rect - w * 0, 0) * np.maximum(amount // np.maximum(e, 1) - 1, 0)
-    columns = ~whole & (left >= amount + amount // 8) & (all_cost <= part_cost)
-    last[columns] = b.q0[columns]
-    rest = np.flatnonzero(~whole & ~columns)
-    if len(rest):
-        r, S = b[rest], amount[rest]
-        h = np.maximum(S // w[rest], 1)
-        n = 32
-        step = np.maximum(-(-(r.q1 - r.q0) // n), 1)
-        j = np.arange(1, n + 1)[:, None]
-        cand = np.maximum((r.q1 - np.minimum(h + (j - 1) * step, r.q1 - r.q0)) // block * block, r.q0)
-        flat = cand.ravel()
-        idx = np.tile(np.arange(len(rest)), n)
-        rr = r[idx]
-        ok = (crop(rr, flat, rr.q1, rr.k0, flat).area() >= (S + S // 8)[idx]).reshape(n, -1)
-        firstok = np.argmax(ok, axis=0)
-        feasible = ok[firstok, np.arange(len(rest))]
-        t = cand[firstok, np.arange(len(rest))]
-        top[rest] = np.where(feasible, t, top[rest])
-        last[rest] = np.where(feasible, t, last[rest])
-        bad = rest[~feasible]
-        if len(bad):
-            r = b[bad]
-            up = _row_where(r, area[bad] - amount[bad] - amount[bad] // 8, block, down=True)
-            top[bad] = up
-    return top, last
+def _regions(pieces: Bands, area, amount, largest_room: int, group: int, block: int) -> Bands:
+    """(E,) the rows and keys from which each piece gives, with a little more than `amount` pairs unless it gives all.
+
+    Either all rows, and home needs fewer of the keys left of its own; or only so many of the last rows that tiles get their
+    best shape, which is cheaper when little is given."""
+    rows = pieces.q1 - pieces.q0
+    tile = np.minimum(amount, largest_room)
+    width = np.array([max(1, isqrt(group * pairs)) for pairs in tile.tolist()], np.int64)  # of a tile of the best shape
+    num_tiles = -(-amount // np.maximum(tile, 1))
+    cost_all = group * rows + (num_tiles - 1) * amount // rows
+    cost_some = 2 * width * np.maximum(amount // np.maximum(tile, 1), 1)
+    wanted = amount + amount // 8
+    left = crop(pieces, pieces.q0, pieces.q1, pieces.k0, pieces.q0).area()  # below the diagonal for every row
+    all_rows = (left >= wanted) & (cost_all <= cost_some)
+    top, last = pieces.q0.copy(), np.where(all_rows, pieces.q0, pieces.k1)
+
+    some = np.flatnonzero(~all_rows & (amount < area))
+    if len(some):
+        # the first, that is highest, of some heights whose rectangle left of its own first row is large enough
+        b, tries = pieces[some], 32
+        height = amount[some] // width[some] + np.arange(tries)[:, None] * -(-(b.q1 - b.q0) // tries)
+        tops = np.maximum((b.q1 - height) // block * block, b.q0)
+        tall = b[np.tile(np.arange(len(some)), tries)]
+        enough = crop(tall, tops.ravel(), tall.q1, tall.k0, tops.ravel()).area().reshape(tries, -1) >= wanted[some]
+        found, chosen = enough.any(axis=0), tops[enough.argmax(axis=0), np.arange(len(some))]
+        # none is: whole rows, with all the keys they see
+        rest = np.maximum(area[some] - wanted[some], 0)
+        whole_rows = _search(lambda y: crop(b, b.q0, y, b.k0, b.k1).area(), b.q0, b.q1, rest, block, down=True)
+        top[some] = np.where(found, chosen, whole_rows)
+        last[some] = np.where(found, chosen, b.k1)
+    return crop(pieces, top, pieces.q1, pieces.k0, last)
 
 
-def _row_where(b, target, block, down=False):
-    """The row at which the band's area above it is nearest to target."""
-    return _search(lambda y: crop(b, b.q0, y, b.k0, b.k1).area(), b.q0, b.q1, target, block, down)
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """All that is given, laid end to end: where bands end, and the portions (one receiver's part of one band)."""
+
+    band_end: np.ndarray  # (B,) int64
+    portion_end: np.ndarray  # (P,) int64
+    portion_band: np.ndarray  # (P,) int64
+    portion_server: np.ndarray  # (P,) int64
 
 
-def _key_where(b, target, block):
-    return _search(lambda x: crop(b, b.q0, b.q1, b.k0, x).area(), b.k0, b.k1, target, block)
-
-
-def _search(area_up_to, low, high, target, block, down=False):
-    """Multiple of block (or an end) at which area_up_to is nearest to the target."""
-    lo, hi = low // block, -(-high // block)  # area(lo) <= target, area(hi) >= target
-    at = lambda x: np.clip(x * block, low, high)  # noqa
-    while len(lo) and int((hi - lo).max()) > 1:
-        mid = (lo + hi) // 2
-        less = area_up_to(at(mid)) <= target
-        lo, hi = np.where(less, mid, lo), np.where(less, hi, mid)
-    if down:
-        return at(lo)
-    a, b = area_up_to(at(lo)), area_up_to(at(hi))
-    return at(np.where(target - a <= b - target, lo, hi))
-
-
-def _export(segments, pieces, area, server, piece, amount, rooms, inputs):
-    block, group = inputs.block, inputs.group
-    if len(piece) == 0:
-        return np.arange(len(area)), np.zeros(0, np.int64), pieces[:0], np.zeros(0, np.int64)
-    receivers = np.argsort(-rooms, kind="stable")
-    typical = int(rooms[receivers[0]])
-    top, last = _regions(pieces[piece], area[piece], amount, typical, group, block)
-    region = crop(pieces[piece], top, pieces.q1[piece], pieces.k0[piece], last)
-    region_area = region.area()
-    full = amount >= area[piece]
-    # documents with most to give first, inside one: by rows
-    document = segments.document[piece]
-    by_doc = sum_by(document, amount, int(document.max()) + 1)
-    order = np.lexsort((region.q0, document, -by_doc[document]))
-    piece, amount, region, region_area, full, document = piece[order], amount[order], region[order], region_area[order], full[order], document[order]
-
-    item_end = np.cumsum(amount)
-    band_end, portion_end, portion_server, portion_band = _bands_of_line(document, amount, region, receivers, rooms, group)
-    # parts: overlaps of bands and items
-    total = int(item_end[-1])
-    borders = np.unique(np.concatenate([[0], item_end, band_end]))
-    part_start, part_end = borders[:-1], borders[1:]
-    item = np.searchsorted(item_end, part_start, side="right")
-    band = np.searchsorted(band_end, part_start, side="right")
-    # rows of parts
-    item_start = item_end - amount
-    # cumulative region area at the part's end
-    frac = _scale(part_end - item_start[item], region_area[item], amount[item])
-    bottom = _row_where(region[item], frac, block)
-    lastpart = np.append(item[1:] != item[:-1], True)
-    bottom[lastpart] = region.q1[item[lastpart]]
-    bottom = _at_least_a_block(bottom, item, region, block)
-    # at least one block each
-    firstpart = np.append(True, item[1:] != item[:-1])
-    prev = np.where(firstpart, region.q0[item], np.roll(bottom, 1))
-    parts = crop(region[item], prev, bottom, region.k0[item], region.k1[item])
-    # tiles: every portion of the band in every part
-    first_p = np.searchsorted(portion_band, np.arange(len(band_end)))
-    count_p = np.diff(np.append(first_p, len(portion_band)))
-    part_of = np.repeat(np.arange(len(parts)), count_p[band])
-    offs = np.arange(len(part_of)) - np.repeat(np.cumsum(count_p[band]) - count_p[band], count_p[band])
-    portion = first_p[band[part_of]] + offs
-    band_start = np.append(0, band_end[:-1])
-    done = portion_end[portion] - band_start[band[part_of]]
-    width_of_band = band_end - band_start
-    size = part_end - part_start
-    # how much of the part's area lies left of this tile's right edge
-    part_full = full[item]
-    parea = parts.area()
-    goal = np.where(part_full, parea, np.minimum(size, parea))
-    target = _scale(done, goal[part_of], width_of_band[band[part_of]])
-    right = _key_where(parts[part_of], target, block)
-    lastp = offs == count_p[band[part_of]] - 1
-    force = lastp & part_full[part_of]
-    right[force] = parts.k1[part_of][force]
-    left = np.where(offs == 0, parts.k0[part_of], np.roll(right, 1))
-    tiles = crop(parts[part_of], parts.q0[part_of], parts.q1[part_of], left, right)
-    tile_piece, tile_server = piece[item[part_of]], portion_server[portion]
-    # what home keeps
-    rest_left = right[lastp]
-    whole = pieces[piece[item]]
-    rest = crop(whole, parts.q0, parts.q1, rest_left, whole.k1)
-    own = pieces[piece]
-    above = crop(own, own.q0, region.q0, own.k0, own.k1)
-    keep = np.ones(len(area), bool)
-    keep[piece] = False
-    return (np.flatnonzero(keep), np.concatenate([tile_piece, piece[item], piece]), _join(tiles, rest, above),
-            np.concatenate([tile_server, server[piece[item]], server[piece]]))
-
-
-def _at_least_a_block(bottom, item, region, block):
-    """Move the lower borders of parts, in order, so that none inside an item is without rows where the item has enough."""
-    first = np.searchsorted(item, item)
-    number = np.arange(len(item)) - first
-    count = np.searchsorted(item, item, side="right") - first
-    low, high = region.q0[item] // block, -(-region.q1[item] // block)
-    y = -(-bottom // block)
-    lift = item * (int(high.max(initial=0)) + len(item) + 1)
-    y = np.maximum.accumulate(np.maximum(y - number - 1, low) + lift) - lift + number + 1
-    y = np.minimum(y, high - (count - 1 - number))
-    return np.clip(y * block, region.q0[item], region.q1[item])
-
-
-def _scale(x, up, down):
-    """x * up // down without overflow, for x <= down."""
-    shift = 0
-    big = int(max(int(x.max(initial=0)), 1)) * int(max(int(up.max(initial=0)), 1))
-    while big >> shift >= 1 << 62:
-        shift += 1
-    return (x >> shift) * up // np.maximum(down >> shift, 1) if shift else x * up // np.maximum(down, 1)
-
-
-def _bands_of_line(document, amount, region, receivers, rooms, group):
-    """Give every document's exports to receivers: whole rooms, largest first; what remains goes where it just fits."""
-    rows = (region.q1 - region.q0).tolist()
-    amounts, docs = amount.tolist(), document.tolist()
-    waiting = sorted((room, -server) for server, room in enumerate(rooms.tolist()) if room)  # smallest room first
-    band_end, portion_end, portion_server, portion_band = [], [], [], []
-    pos, first = 0, 0
-    while first < len(docs):
-        last = bisect_right(docs, docs[first], lo=first) if False else first
-        while last < len(docs) and docs[last] == docs[first]:
+def _match(document, amount, regions: Bands, room, group: int) -> _Line:
+    """Receivers for every document's surplus, grouped into bands that are as many tiles wide as suits the region."""
+    documents, amounts, rows = document.tolist(), amount.tolist(), (regions.q1 - regions.q0).tolist()
+    waiting = sorted((pairs, -server) for server, pairs in enumerate(room.tolist()) if pairs)  # ties: lower number last
+    band_end, portion_end, portion_band, portion_server = [], [], [], []
+    at, first = 0, 0
+    while first < len(documents):
+        last = first
+        while last < len(documents) and documents[last] == documents[first]:
             last += 1
-        left = sum(amounts[first:last])
-        portions = []
-        while left > 0 and waiting:
-            fits = bisect_left(waiting, (left,))
-            room, server = waiting.pop(min(fits, len(waiting) - 1))
-            take = min(room, left)
-            portions.append((take, -server))
-            left -= take
-            if room > take:
-                insort(waiting, (room - take, server))
-        item, item_end, at = first, pos + amounts[first], 0
-        while at < len(portions):
-            while pos >= item_end and item + 1 < last:
-                item += 1
-                item_end += amounts[item]
-            width = amounts[item] // max(1, rows[item])
-            size = max(1, isqrt(group * portions[at][0]))
-            for take, server in portions[at : at + max(1, (2 * width + size) // (2 * size))]:
-                pos += take
-                at += 1
-                portion_end.append(pos)
-                portion_server.append(server)
+        portions, left = [], sum(amounts[first:last])
+        while left and waiting:
+            pairs, server = waiting.pop(min(bisect_left(waiting, (left,)), len(waiting) - 1))
+            portions.append((min(pairs, left), -server))
+            if pairs > left:
+                insort(waiting, (pairs - left, server))
+            left -= portions[-1][0]
+
+        piece, piece_end = first, at + amounts[first]
+        while portions:
+            while at >= piece_end and piece + 1 < last:
+                piece += 1
+                piece_end += amounts[piece]
+            width, tile = amounts[piece] // max(1, rows[piece]), max(1, isqrt(group * portions[0][0]))
+            abreast = max(1, (2 * width + tile) // (2 * tile))
+            for pairs, server in portions[:abreast]:
+                at += pairs
+                portion_end.append(at)
                 portion_band.append(len(band_end))
-            band_end.append(pos)
+                portion_server.append(server)
+            del portions[:abreast]
+            band_end.append(at)
         first = last
-    return tuple(np.array(x, np.int64) for x in (band_end, portion_end, portion_server, portion_band))
+    return _Line(*(np.array(x, np.int64) for x in (band_end, portion_end, portion_band, portion_server)))
 
 
-def _join(*bands):
-    return Bands(*(np.concatenate([getattr(b, c) for b in bands]) for c in Bands.__slots__))
+def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, block: int):
+    """Every part of the giving pieces as bands, the item (row of `regions`) each belongs to, its server or NOBODY for home."""
+    item_end = np.minimum(np.cumsum(amount), line.band_end[-1])
+    item_start, band_start = np.append(0, item_end[:-1]), np.append(0, line.band_end[:-1])
+    borders = np.unique(np.concatenate([[0], item_end, line.band_end]))
+    start, end = borders[:-1], borders[1:]
+    item, band = np.searchsorted(item_end, start, side="right"), np.searchsorted(line.band_end, start, side="right")
+
+    # rows of each part: as much of its region's area as the part is of what the piece gives
+    inside = regions[item]
+    above = _share(end - item_start[item], inside.area(), (item_end - item_start)[item])
+    bottom = _search(lambda y: crop(inside, inside.q0, y, inside.k0, inside.k1).area(), inside.q0, inside.q1, above, block)
+    bottom = _at_least_a_block(bottom, item, inside, block)
+    top = np.where(np.append(True, item[1:] != item[:-1]), inside.q0, np.append(0, bottom[:-1]))
+    parts = crop(inside, top, bottom, inside.k0, inside.k1)
+
+    # keys of each tile: the band's portions side by side
+    first = np.searchsorted(line.portion_band, band)
+    count = np.searchsorted(line.portion_band, band, side="right") - first
+    part, number = np.repeat(np.arange(len(parts)), count), _counted(count)
+    portion = first[part] + number
+    goal = np.where(all_given[item], parts.area(), np.minimum(end - start, parts.area()))[part]
+    wide = parts[part]
+    left_area = _share(line.portion_end[portion] - band_start[band[part]], goal, (line.band_end - band_start)[band[part]])
+    right = _search(lambda x: crop(wide, wide.q0, wide.q1, wide.k0, x).area(), wide.k0, wide.k1, left_area, block)
+    outermost = number == count[part] - 1
+    right = np.where(outermost & all_given[item[part]], wide.k1, right)
+    left = np.where(number == 0, wide.k0, np.append(0, right[:-1]))
+    tiles = crop(wide, wide.q0, wide.q1, left, right)
+
+    # home keeps what is right of the tiles, and the rows above the region or below its last part
+    own = pieces[item]
+    beside = crop(own, parts.q0, parts.q1, right[outermost], own.k1)
+    over = crop(pieces, pieces.q0, regions.q0, pieces.k0, pieces.k1)
+    covered = np.full(len(pieces), 0, np.int64)
+    np.maximum.at(covered, item, parts.q1)
+    under = crop(pieces, np.maximum(covered, regions.q0), pieces.q1, pieces.k0, pieces.k1)
+    home = _join(beside, over, under)
+    items = np.concatenate([item[part], item, np.arange(len(pieces)), np.arange(len(pieces))])
+    return _join(tiles, home), items, np.append(line.portion_server[portion], np.full(len(home), NOBODY))
+
+
+def _search(area_up_to: Callable, low, high, target, block: int, down: bool = False) -> np.ndarray:
+    """The multiples of `block` between low and high (or these) where a growing area is nearest to target, or just below it."""
+    at = lambda x: np.minimum(np.maximum(x * block, low), high)  # noqa: E731
+    below, above = low // block, -(-high // block)
+    for _ in range(int((above - below).max(initial=0)).bit_length()):
+        middle = (below + above) // 2
+        less = area_up_to(at(middle)) <= target
+        below, above = np.where(less, middle, below), np.where(less, above, middle)
+    if down:
+        return at(below)
+    return at(np.where(target - area_up_to(at(below)) <= area_up_to(at(above)) - target, below, above))
+
+
+def _at_least_a_block(bottom, item, inside: Bands, block: int) -> np.ndarray:
+    """Lower borders of parts, moved so that no part of an item is without rows if there are enough; an item's last is its end."""
+    first = np.searchsorted(item, item)
+    number, count = np.arange(len(item)) - first, np.searchsorted(item, item, side="right") - first
+    low, high = inside.q0 // block, -(-inside.q1 // block)
+    lift = item * (int(high.max(initial=0)) + len(item) + 1)  # lets one running maximum serve all items
+    rows = np.maximum.accumulate(np.maximum(-(-bottom // block) - number - 1, low) + lift) - lift + number + 1
+    rows = np.minimum(rows, high - (count - 1 - number)) * block
+    return np.where(number == count - 1, inside.q1, np.minimum(np.maximum(rows, inside.q0), inside.q1))
+
+
+def _share(part, amount, whole) -> np.ndarray:
+    """amount * part // whole for part <= whole, where the product may not fit 64 bits: then to 31 bits of part / whole."""
+    shift = max(0, int(whole.max(initial=1)).bit_length() + int(amount.max(initial=1)).bit_length() - 62)
+    half = shift // 2
+    return np.minimum(((part >> (shift - half)) * (amount >> half) // np.maximum(whole >> (shift - half), 1)) << half, amount)
+
+
+def _plan_order(document, bands: Bands, longest: int) -> np.ndarray:
+    """Sorted by document, first row, first key."""
+    stride = longest + 1
+    if (int(document.max(initial=0)) + 1) * stride * stride < 1 << 62:
+        return np.argsort((document * stride + bands.q0) * stride + bands.k0, kind="stable")
+    return np.lexsort((bands.k0, bands.q0, document))
+
+
+def _counted(counts: np.ndarray) -> np.ndarray:
+    """[2, 0, 3] -> [0, 1, 0, 1, 2]."""
+    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _join(*bands: Bands) -> Bands:
+    return Bands(*(np.concatenate([getattr(b, column) for b in bands]) for column in Bands.__slots__))

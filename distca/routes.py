@@ -19,6 +19,9 @@ from distca.masks import Bands
 from distca.plan import Plan, Pool, sum_by
 
 
+NO_ROWS = np.zeros(0, np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class Shipments:
     """Rows [home_row, home_row + rows) of `rank` are rows [server_row, server_row + rows) of `server`. In the server's order."""
@@ -29,10 +32,22 @@ class Shipments:
     server_row: np.ndarray  # (N,) int64
     rows: np.ndarray  # (N,) int64
 
-    def between(self, rank: int, server: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers (at home, at the server) of what the two exchange, in the order in which it travels."""
-        mine = np.flatnonzero((self.rank == rank) & (self.server == server))
-        return _ranges(self.home_row[mine], self.rows[mine]), _ranges(self.server_row[mine], self.rows[mine])
+    def of_rank(self, rank: int) -> dict[int, np.ndarray]:
+        """Row numbers at home that the rank exchanges with each server, in the order in which they travel."""
+        mine = np.flatnonzero(self.rank == rank)
+        return _rows_by(self.server[mine], self.home_row[mine], self.rows[mine])
+
+    def are_disjoint(self, rank: int) -> bool:
+        """No row of the rank goes to more than one server."""
+        mine = np.flatnonzero(self.rank == rank)
+        mine = mine[np.argsort(self.home_row[mine])]
+        return bool((self.home_row[mine[1:]] >= (self.home_row + self.rows)[mine[:-1]]).all())
+
+    def of_server(self, server: int) -> dict[int, np.ndarray]:
+        """Row numbers at the server that it exchanges with each rank, in the order in which they travel."""
+        mine = np.arange(*np.searchsorted(self.server, [server, server + 1]))
+        mine = mine[np.argsort(self.rank[mine], kind="stable")]
+        return _rows_by(self.rank[mine], self.server_row[mine], self.rows[mine])
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +62,15 @@ class Routes:
     digest: int
 
     def of_trainer(self, rank: int) -> TrainerRoute:
-        links = []
-        for server in range(len(self.pool)):
-            (q_rows, _), (kv_rows, _) = self.queries.between(rank, server), self.keys.between(rank, server)
-            if len(q_rows) or len(kv_rows):
-                links.append(ServerRows(server, q_rows, kv_rows))
-        sent = np.concatenate([link.q_rows for link in links]) if links else np.zeros(0, np.int64)
-        return TrainerRoute(rank, tuple(links), len(np.unique(sent)) == len(sent), self.digest)
+        q_rows, kv_rows = self.queries.of_rank(rank), self.keys.of_rank(rank)
+        links = tuple(ServerRows(s, q_rows.get(s, NO_ROWS), kv_rows.get(s, NO_ROWS)) for s in sorted({*q_rows, *kv_rows}))
+        return TrainerRoute(rank, links, self.queries.are_disjoint(rank), self.digest)
 
     def of_server(self, server: int) -> ServerRoute:
-        links = []
-        for rank in np.unique(np.concatenate([self.queries.rank, self.keys.rank])).tolist():
-            (_, q_rows), (_, kv_rows) = self.queries.between(rank, server), self.keys.between(rank, server)
-            if len(q_rows) or len(kv_rows):
-                links.append(TrainerRows(rank, q_rows, kv_rows))
-        mine = self.server == server
-        num_q = int(self.queries.rows[self.queries.server == server].sum())
-        num_kv = int(self.keys.rows[self.keys.server == server].sum())
-        return ServerRoute(server, tuple(links), self.tasks[mine], num_q, num_kv, self.digest)
+        q_rows, kv_rows = self.queries.of_server(server), self.keys.of_server(server)
+        links = tuple(TrainerRows(r, q_rows.get(r, NO_ROWS), kv_rows.get(r, NO_ROWS)) for r in sorted({*q_rows, *kv_rows}))
+        num_q, num_kv = (sum(len(rows) for rows in x.values()) for x in (q_rows, kv_rows))
+        return ServerRoute(server, links, self.tasks[self.server == server], num_q, num_kv, self.digest)
 
     def moved_rows(self) -> tuple[int, int]:
         """How many query rows and key/value rows are attended away from their home rank."""
@@ -177,6 +183,13 @@ def _union(server, document, start, end) -> tuple[np.ndarray, np.ndarray, np.nda
 def _away(shipments: Shipments, pool: Pool) -> int:
     home = np.array([-1 if h is None else h for h in pool.home], np.int64)  # no rank is -1
     return int(shipments.rows[home[shipments.server] != shipments.rank].sum())
+
+
+def _rows_by(peer: np.ndarray, first: np.ndarray, count: np.ndarray) -> dict[int, np.ndarray]:
+    """The ranges [first, first + count) of each peer as row numbers; peers are sorted."""
+    rows, ends = _ranges(first, count), np.cumsum(count)
+    peers, begin = np.unique(peer, return_index=True)
+    return dict(zip(peers.tolist(), np.split(rows, ends[begin[1:] - 1]), strict=True)) if len(peers) else {}
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
