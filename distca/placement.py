@@ -25,6 +25,8 @@ from math import isqrt
 
 import numpy as np
 
+from distca.arrays import order_by, ranges
+
 UNIT = 1024  # densities are integers: pairs per row, in 1/1024
 
 
@@ -51,8 +53,7 @@ def place(
     `group` is what a moved query row costs in moved key rows. Documents of equal length are interchangeable."""
     num_ranks = len(share)
     assert lengths.sum() == rows.sum(), f"{lengths.sum()} tokens for {num_ranks} ranks with {rows.sum()} rows"
-    order = np.argsort(-lengths, kind="stable")
-    order = order[: np.count_nonzero(lengths)]
+    order = order_by(int(lengths.max(initial=0)) - lengths)[: np.count_nonzero(lengths)]
     ranks = _Ranks(rows.tolist(), share.tolist())
     mean = max(1, int(share.sum()) // num_ranks)
 
@@ -68,7 +69,7 @@ def place(
     document = np.concatenate([split[:, 0], whole[queued]])
     start, end = np.concatenate([split[:, 1], start]), np.concatenate([split[:, 2], end])
     rank = np.concatenate([split[:, 3], rank])
-    order = np.lexsort((start, document, rank))
+    order = order_by(rank, document, start)
     document, start, end, rank = document[order], start[order], end[order], rank[order]
     return Segments(document, start, end, rank, np.cumsum(end - start) - (end - start) - (np.cumsum(rows) - rows)[rank])
 
@@ -195,7 +196,7 @@ def _fill(queue: _Queue, ranks: _Ranks) -> tuple[np.ndarray, np.ndarray, np.ndar
 
     first, last, rank = np.array(runs, np.int64).reshape(-1, 3).T
     rows = np.diff(queue.rows)
-    entry = _ranges(first, last - first)
+    entry = ranges(first, last - first)
     rest = _pour(np.array(queue.rows[at:], np.int64) - queue.rows[at], np.cumsum([0, *ranks.free]))
     entry = np.concatenate([entry, at + rest[0]])
     end = np.concatenate([rows[entry[: len(entry) - len(rest[0])]], rest[2]])
@@ -248,8 +249,3 @@ def _up(x: int, block: int) -> int:
 
 def _nearest(x: int, block: int) -> int:
     return (x + block // 2) // block * block
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[3, 10], [2, 3] -> [3, 4, 10, 11, 12]."""
-    return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))

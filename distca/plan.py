@@ -16,6 +16,7 @@ from math import isqrt
 
 import numpy as np
 
+from distca.arrays import order_by, sum_by
 from distca.masks import Bands, MaskRule, bands_of
 from distca.placement import Segments
 
@@ -177,7 +178,7 @@ def least_moved(plan: Plan, group: int) -> int:
     share need x query and y key rows from elsewhere with (r + x)(r + y) >= E + r^2; the cheapest x and y are known."""
     s = plan.segments
     share = shares(int(plan.load().sum()), plan.pool)
-    order = np.lexsort((s.document, s.rank))
+    order = order_by(s.rank, s.document)
     document, rank = s.document[order], s.rank[order]
     fresh = np.flatnonzero(np.append(True, (document[1:] != document[:-1]) | (rank[1:] != rank[:-1])))
     held = np.add.reduceat((s.end - s.start)[order], fresh)  # rows of one document on one rank
@@ -198,10 +199,3 @@ def imbalance(load, capacity) -> float:
     relative = np.asarray(load, float) / np.asarray(capacity, float)
     mean = np.sum(load) / np.sum(capacity)
     return float(relative.max() / mean) if mean > 0 else 1.0
-
-
-def sum_by(key: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:
-    """(size,) int64 sums of `value` by `key`, exact where float bincount would not be."""
-    out = np.zeros(size, np.int64)
-    np.add.at(out, key, value)
-    return out

@@ -42,9 +42,10 @@ from math import isqrt
 
 import numpy as np
 
+from distca.arrays import order_by, sum_by
 from distca.masks import Bands, MaskRule, bands_of, crop, cut
 from distca.placement import place
-from distca.plan import MILLION, Plan, PlanInputs, Pool, limits, shares, sum_by
+from distca.plan import Plan, PlanInputs, Pool, limits, shares
 
 NOBODY = -1  # inside this file: no server
 SLACK = (3, 2, 1, 0)  # quarters of the tolerance that are planned for, in the order in which they are tried
@@ -81,7 +82,7 @@ def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
     stays[given] = False
     bands = _join(pieces[stays], tiles)
     document = np.concatenate([homes.document[stays], homes.document[tile_piece]])
-    order = _plan_order(document, bands, int(inputs.lengths.max(initial=0)))
+    order = order_by(document, bands.q0, bands.k0)
     return Plan(
         inputs.lengths,
         rule,
@@ -311,14 +312,6 @@ def _share(part, amount, whole) -> np.ndarray:
     shift = max(0, int(whole.max(initial=1)).bit_length() + int(amount.max(initial=1)).bit_length() - 62)
     half = shift // 2
     return np.minimum(((part >> (shift - half)) * (amount >> half) // np.maximum(whole >> (shift - half), 1)) << half, amount)
-
-
-def _plan_order(document, bands: Bands, longest: int) -> np.ndarray:
-    """Sorted by document, first row, first key."""
-    stride = longest + 1
-    if (int(document.max(initial=0)) + 1) * stride * stride < 1 << 62:
-        return np.argsort((document * stride + bands.q0) * stride + bands.k0, kind="stable")
-    return np.lexsort((bands.k0, bands.q0, document))
 
 
 def _counted(counts: np.ndarray) -> np.ndarray:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distca.arrays import order_by, ranges, sum_by
 from distca.masks import Bands
-from distca.plan import Plan, Pool, sum_by
+from distca.plan import Plan, Pool
 
 
 NO_ROWS = np.zeros(0, np.int64)
@@ -125,59 +126,53 @@ def routes_of(plan: Plan) -> Routes:
 
 def _ship(plan: Plan, start: np.ndarray, end: np.ndarray) -> tuple[Shipments, np.ndarray]:
     """Shipments that cover the tasks' row ranges [start, end), and the server row at which each task's range begins."""
-    span_server, span_document, span_start, span_end = _union(plan.server, plan.document, start, end)
+    span, first_task, span_end = _union(plan.server, plan.document, start, end)
+    span_server, span_document, span_start = plan.server[first_task], plan.document[first_task], start[first_task]
     rows = span_end - span_start
     before = np.cumsum(rows) - rows
     servers_before = np.searchsorted(span_server, np.arange(len(plan.pool)))
-    first_of_server = np.append(before, rows.sum())[servers_before]
-    span_row = before - first_of_server[span_server]
-
-    # which span holds each task's range: spans are sorted by (server, document, start), so search one combined key
-    stride = int(plan.lengths.max(initial=0)) + 1
-    place = lambda s, d, x: (s * len(plan.lengths) + d) * stride + x  # noqa: E731
-    span = (
-        np.searchsorted(
-            place(span_server, span_document, span_start), place(plan.server, plan.document, start), side="right"
-        )
-        - 1
-    )
-    base = span_row[span] + start - span_start[span] if len(span) else np.zeros(0, np.int64)
+    span_row = before - np.append(before, rows.sum())[servers_before][span_server]
+    base = span_row[span] + start - span_start[span]
 
     # each span crosses one or more home segments of its document, which are consecutive when sorted by (document, start)
     s = plan.segments
-    order = np.lexsort((s.start, s.document))
+    order = order_by(s.document, s.start)
+    of_document = np.bincount(s.document, minlength=len(plan.lengths))
+    low = (np.cumsum(of_document) - of_document)[span_document]
+    high = low + of_document[span_document]
+    many = np.flatnonzero(high > low + 1)  # documents on one rank, by far the most, need no search
+    stride = int(plan.lengths.max(initial=0)) + 1
     where = s.document[order] * stride
-    low = np.searchsorted(where + s.end[order], span_document * stride + span_start, side="right")
-    high = np.searchsorted(where + s.start[order], span_document * stride + span_end, side="left")
-    span, segment = np.repeat(np.arange(len(low)), high - low), order[_ranges(low, high - low)]
-    first = np.maximum(span_start[span], s.start[segment])
-    last = np.minimum(span_end[span], s.end[segment])
-    return (
-        Shipments(
-            s.rank[segment],
-            span_server[span],
-            s.row[segment] + first - s.start[segment],
-            span_row[span] + first - span_start[span],
-            last - first,
-        ),
-        base,
+    low[many] = np.searchsorted(where + s.end[order], span_document[many] * stride + span_start[many], side="right")
+    high[many] = np.searchsorted(where + s.start[order], span_document[many] * stride + span_end[many], side="left")
+    crossed, segment = np.repeat(np.arange(len(low)), high - low), order[ranges(low, high - low)]
+    first = np.maximum(span_start[crossed], s.start[segment])
+    last = np.minimum(span_end[crossed], s.end[segment])
+    shipments = Shipments(
+        s.rank[segment],
+        span_server[crossed],
+        s.row[segment] + first - s.start[segment],
+        span_row[crossed] + first - span_start[crossed],
+        last - first,
     )
+    return shipments, base
 
 
-def _union(server, document, start, end) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Ranges that overlap or touch, within one server and document, become one. Sorted by server, document, start."""
-    order = np.lexsort((start, document, server))
+def _union(server, document, start, end) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ranges that overlap or touch, within one server and document, become one span; spans are sorted by server, document, start.
+
+    Each range's span, each span's first range, each span's end."""
+    order = order_by(server, document, start)
     server, document, start, end = server[order], document[order], start[order], end[order]
-    if len(order) == 0:
-        return server, document, start, end
-    group = np.append(True, (server[1:] != server[:-1]) | (document[1:] != document[:-1]))
+    fresh = np.append(True, (server[1:] != server[:-1]) | (document[1:] != document[:-1]))[: len(order)]
     # a running maximum of the ends that starts anew in each group: groups are lifted above one another
-    lift = np.cumsum(group) * (int(end.max()) + 1)
+    lift = np.cumsum(fresh) * (int(end.max(initial=0)) + 1)
     reach = np.maximum.accumulate(end + lift) - lift
-    fresh = group.copy()
     fresh[1:] |= start[1:] > reach[:-1]
+    span = np.empty(len(order), np.int64)
+    span[order] = np.cumsum(fresh) - 1
     first = np.flatnonzero(fresh)
-    return server[first], document[first], start[first], np.maximum.reduceat(end, first)
+    return span, order[first], np.maximum.reduceat(end, first) if len(first) else end
 
 
 def _away(shipments: Shipments, pool: Pool) -> int:
@@ -187,16 +182,9 @@ def _away(shipments: Shipments, pool: Pool) -> int:
 
 def _rows_by(peer: np.ndarray, first: np.ndarray, count: np.ndarray) -> dict[int, np.ndarray]:
     """The ranges [first, first + count) of each peer as row numbers; peers are sorted."""
-    rows, ends = _ranges(first, count), np.cumsum(count)
+    rows, ends = ranges(first, count), np.cumsum(count)
     peers, begin = np.unique(peer, return_index=True)
     return dict(zip(peers.tolist(), np.split(rows, ends[begin[1:] - 1]), strict=True)) if len(peers) else {}
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[3, 10], [2, 3] -> [3, 4, 10, 11, 12]."""
-    total = int(counts.sum())
-    offset = np.repeat(starts - (np.cumsum(counts) - counts), counts)
-    return offset + np.arange(total)
 
 
 def rows_per_server(shipments: Shipments, num_servers: int) -> np.ndarray:
