@@ -48,18 +48,18 @@ class Segments:
 def place(
     lengths: np.ndarray, work: np.ndarray, share: np.ndarray, rows: np.ndarray, group: int, block: int
 ) -> Segments:
-    """Documents of `lengths` tokens and `work` pairs onto ranks that hold exactly `rows` each and are good for `share` pairs.
+    """Documents of `lengths` tokens, longest first, and `work` pairs onto ranks of exactly `rows` each, good for `share` pairs.
 
-    `group` is what a moved query row costs in moved key rows. Documents of equal length are interchangeable."""
+    `group` is what a moved query row costs in moved key rows."""
     num_ranks = len(share)
     assert lengths.sum() == rows.sum(), f"{lengths.sum()} tokens for {num_ranks} ranks with {rows.sum()} rows"
-    order = order_by(int(lengths.max(initial=0)) - lengths)[: np.count_nonzero(lengths)]
+    lengths, work = lengths[lengths > 0], work[lengths > 0]
     ranks = _Ranks(rows.tolist(), share.tolist())
     mean = max(1, int(share.sum()) // num_ranks)
 
-    num_split = int(np.count_nonzero((work[order] > mean) | (lengths[order] > rows.max())))
-    num_striped = int(np.count_nonzero(2 * work[order[:num_split]] > 3 * group * mean))
-    striped, paired, whole = np.split(order, [num_striped, num_split])
+    num_split = int(np.count_nonzero((work > mean) | (lengths > rows.max())))
+    num_striped = int(np.count_nonzero(2 * work[:num_split] > 3 * group * mean))
+    striped, paired, whole = np.split(np.arange(len(lengths)), [num_striped, num_split])
     table = _lay_stripes(striped, lengths, work, mean, ranks, block)
     filler = _Queue(lengths[whole], work[whole])
     table += _lay_pairs(paired, lengths, work, mean, ranks, filler, block)

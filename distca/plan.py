@@ -111,7 +111,7 @@ class Plan:
 
     def check(self) -> None:
         """Raise AssertionError unless the plan keeps its promises (see the top of the file)."""
-        self._check_cover()
+        self.check_cover()
         assert ((self.server >= 0) & (self.server < len(self.pool))).all(), "a task without a server"
         load, limit = self.load(), limits(int(self.bands.area().sum()), self.pool, self.tolerance)
         over = np.flatnonzero(load > limit + self._grain())
@@ -125,7 +125,8 @@ class Plan:
         np.maximum.at(sides, self.server, self.bands.q1 - self.bands.q0 + self.bands.k1 - self.bands.k0)
         return sides * self.block
 
-    def _check_cover(self) -> None:
+    def check_cover(self) -> None:
+        """Raise AssertionError unless each allowed pair is in exactly one task and each row in one segment."""
         wanted, got = (
             bands_of(self.rule, self.lengths).area(),
             sum_by(self.document, self.bands.area(), len(self.lengths)),

@@ -29,7 +29,8 @@ beyond its limit. It is cut off the documents with most work per row, as rectang
   4. `_tiles`     cut: every overlap on that line becomes rows of a region, split among the band's portions by exact area
 
 Cuts are searched on the mask's exact area, so any band mask is planned the same way; they lie on multiples of `block`. What a cut
-is off by stays at home; `plan_step` leaves a part of the tolerance unused for it, and more if that was not enough.
+is off by stays at home. `plan_step` leaves a quarter of the tolerance for that; servers that still exceed it are promised less, and
+stages 1 to 4 run again.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 
 import numpy as np
@@ -48,49 +49,60 @@ from distca.placement import place
 from distca.plan import Plan, PlanInputs, Pool, limits, shares
 
 NOBODY = -1  # inside this file: no server
-SLACK = (3, 2, 1, 0)  # quarters of the tolerance that are planned for, in the order in which they are tried
+SLACK = (3, 2, 2, 1, 1, 0, 0)  # quarters of the tolerance that are planned for, in the order in which they are tried
 
 
 def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
     """Plan one micro-batch under one of its mask rules. Every rule of the same inputs gets the same placement."""
-    documents = bands_of(rule, inputs.lengths)
-    work = sum(bands_of(r, inputs.lengths).area() for r in inputs.rules)
-    rows = np.full(inputs.num_ranks, int(inputs.lengths.sum()) // inputs.num_ranks)
-    segments = place(inputs.lengths, work, _rank_shares(inputs, int(work.sum())), rows, inputs.group, inputs.block)
+    pool, total_rows = inputs.pool, int(inputs.lengths.sum())
+    by_length = order_by(int(inputs.lengths.max(initial=0)) - inputs.lengths)  # from here on documents have no other names
+    lengths = inputs.lengths[by_length]
+    documents = bands_of(rule, lengths)
+    work = sum(bands_of(r, lengths).area() for r in inputs.rules)
+    total_work = int(work.sum())
+    rows = np.full(inputs.num_ranks, total_rows // inputs.num_ranks)
+    segments = place(lengths, work, _rank_shares(inputs, total_work), rows, inputs.group, inputs.block)
 
-    if any(home is not None for home in inputs.pool.home):
-        homes, server = segments, _home_servers(segments.rank, inputs.pool, inputs.num_ranks)
+    if any(home is not None for home in pool.home):
+        homes, server = segments, _home_servers(segments.rank, pool, inputs.num_ranks)
     else:  # no rows lie on a server: place documents once more, as if they did
-        spread = np.diff(np.arange(len(inputs.pool) + 1) * int(inputs.lengths.sum()) // len(inputs.pool))
-        homes = place(inputs.lengths, work, shares(int(work.sum()), inputs.pool), spread, inputs.group, inputs.block)
+        spread = np.diff(np.arange(len(pool) + 1) * total_rows // len(pool))
+        homes = place(lengths, work, shares(total_work, pool), spread, inputs.group, inputs.block)
         server = homes.rank
     whole = documents[homes.document]
     pieces = cut(whole, homes.start, homes.end, whole.k0, whole.k1)
     area = pieces.area()
     total = int(area.sum())
-    server = _adopt(server, area, shares(total, inputs.pool))
-    load = sum_by(server, area, len(inputs.pool))
+    server = _adopt(server, area, shares(total, pool))
+    load = sum_by(server, area, len(pool))
 
+    allowed, too_much, best = limits(total, pool, inputs.tolerance), np.zeros(len(pool), np.int64), None
     for quarters in SLACK:
-        limit = limits(total, inputs.pool, inputs.tolerance * quarters // 4)
-        given, tiles, tile_piece, tile_server = _share_out(homes.document, pieces, area, server, load, limit, inputs)
-        new_load = load - sum_by(server[given], area[given], len(load)) + sum_by(tile_server, tiles.area(), len(load))
-        if (new_load <= limits(total, inputs.pool, inputs.tolerance)).all():
+        limit = limits(total, pool, inputs.tolerance * quarters // 4)
+        limit -= too_much if (limit - too_much).sum() >= total else 0
+        moved = _share_out(homes.document, pieces, area, server, load, limit, inputs)
+        now = load - sum_by(server[moved.given], area[moved.given], len(pool)) + sum_by(moved.server, moved.tiles.area(), len(pool))
+        excess = int((now - allowed).max())
+        if best is None or excess < best[0]:
+            best = (excess, moved)
+        if excess <= 0:
             break
+        too_much += np.maximum(now - allowed, 0)
+    moved = best[1]
 
     stays = area > 0
-    stays[given] = False
-    bands = _join(pieces[stays], tiles)
-    document = np.concatenate([homes.document[stays], homes.document[tile_piece]])
+    stays[moved.given] = False
+    document = by_length[np.concatenate([homes.document[stays], homes.document[moved.piece]])]
+    bands, server = _join(pieces[stays], moved.tiles), np.concatenate([server[stays], moved.server])
     order = order_by(document, bands.q0, bands.k0)
     return Plan(
         inputs.lengths,
         rule,
-        segments,
-        inputs.pool,
+        replace(segments, document=by_length[segments.document]),
+        pool,
         document[order],
         bands[order],
-        np.concatenate([server[stays], tile_server])[order],
+        server[order],
         inputs.tolerance,
         inputs.block,
     )
@@ -131,16 +143,26 @@ def _adopt(server: np.ndarray, area: np.ndarray, share: np.ndarray) -> np.ndarra
     return adopted
 
 
-def _share_out(document, pieces: Bands, area, server, load, limit, inputs: PlanInputs):
-    """The pieces of which something is given away; all their parts as tiles, with each tile's piece and server."""
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """Pieces of which something is given away, and all their parts, those that stay included."""
+
+    given: np.ndarray  # (E,) int64, numbers of pieces
+    tiles: Bands  # (C,)
+    piece: np.ndarray  # (C,) int64, the piece that a tile is part of
+    server: np.ndarray  # (C,) int64
+
+
+def _share_out(document, pieces: Bands, area, server, load, limit, inputs: PlanInputs) -> _Moved:
+    """Stages 1 to 4: what goes where when no server may exceed `limit`."""
     given, amount = _surplus(pieces, area, server, load, limit)
     room = np.maximum(limit - load, 0)
     if len(given) == 0 or not room.any():
-        return given[:0], pieces[:0], given[:0], given[:0]
+        return _Moved(given[:0], pieces[:0], given[:0], given[:0])
     regions = _regions(pieces[given], area[given], amount, int(room.max()), inputs.group, inputs.block)
     # documents that give most come first: they take the largest rooms
     of_document = sum_by(document[given], amount, len(inputs.lengths))[document[given]]
-    order = np.lexsort((regions.q0, document[given], -of_document))
+    order = order_by(int(of_document.max()) - of_document, document[given], regions.q0)
     given, amount, regions = given[order], amount[order], regions[order]
     line = _match(document[given], amount, regions, room, inputs.group)
     tiles, item, tile_server = _tiles(regions, pieces[given], amount, amount == area[given], line, inputs.block)
@@ -148,7 +170,7 @@ def _share_out(document, pieces: Bands, area, server, load, limit, inputs: PlanI
     tile_server = np.where(tile_server == NOBODY, server[tile_piece], tile_server)
     tiles = cut(tiles, tiles.q0, tiles.q1, tiles.k0, tiles.k1)
     useful = tiles.q1 > tiles.q0
-    return given, tiles[useful], tile_piece[useful], tile_server[useful]
+    return _Moved(given, tiles[useful], tile_piece[useful], tile_server[useful])
 
 
 def _surplus(pieces: Bands, area, server, load, limit) -> tuple[np.ndarray, np.ndarray]:
