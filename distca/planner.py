@@ -49,7 +49,7 @@ from distca.placement import place
 from distca.plan import Plan, PlanInputs, Pool, limits, shares
 
 NOBODY = -1  # inside this file: no server
-SLACK = (3, 2, 2, 1, 1, 0, 0)  # quarters of the tolerance that are planned for, in the order in which they are tried
+SLACK = (3, 3, 3, 2, 2, 1, 0)  # quarters of the tolerance that are planned for, in the order in which they are tried
 
 
 def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
@@ -87,7 +87,7 @@ def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
             best = (excess, moved)
         if excess <= 0:
             break
-        too_much += np.maximum(now - allowed, 0)
+        too_much += np.where(now > allowed, now - limit, 0)
     moved = best[1]
 
     stays = area > 0
@@ -230,7 +230,9 @@ class _Line:
 def _match(document, amount, regions: Bands, room, group: int) -> _Line:
     """Receivers for every document's surplus, grouped into bands that are as many tiles wide as suits the region."""
     documents, amounts, rows = document.tolist(), amount.tolist(), (regions.q1 - regions.q0).tolist()
-    waiting = sorted((pairs, -server) for server, pairs in enumerate(room.tolist()) if pairs)  # ties: lower number last
+    # rooms are ordered in 64ths of the largest, so that a server which was promised a little less keeps its place
+    unit = max(1, int(room.max()) // 64)
+    waiting = sorted(((pairs + unit // 2) // unit, -server, pairs) for server, pairs in enumerate(room.tolist()) if pairs)
     band_end, portion_end, portion_band, portion_server = [], [], [], []
     at, first = 0, 0
     while first < len(documents):
@@ -239,10 +241,10 @@ def _match(document, amount, regions: Bands, room, group: int) -> _Line:
             last += 1
         portions, left = [], sum(amounts[first:last])
         while left and waiting:
-            pairs, server = waiting.pop(min(bisect_left(waiting, (left,)), len(waiting) - 1))
+            _, server, pairs = waiting.pop(min(bisect_left(waiting, (left // unit + 2,)), len(waiting) - 1))
             portions.append((min(pairs, left), -server))
             if pairs > left:
-                insort(waiting, (pairs - left, server))
+                insort(waiting, ((pairs - left + unit // 2) // unit, server, pairs - left))
             left -= portions[-1][0]
 
         piece, piece_end = first, at + amounts[first]
