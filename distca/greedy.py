@@ -34,7 +34,9 @@ def greedy_plan(inputs: PlanInputs, rule: MaskRule, tolerance: int = TOLERANCE) 
     useful = np.flatnonzero(bands.area() > 0)
     useful = useful[order_by(document[useful], bands.q0[useful])]
     servers = np.concatenate([server, server])[useful]
-    return Plan(inputs.lengths, rule, segments, inputs.pool, document[useful], bands[useful], servers, tolerance, inputs.block)
+    return Plan(
+        inputs.lengths, rule, segments, inputs.pool, document[useful], bands[useful], servers, tolerance, inputs.block
+    )
 
 
 def even_greedy_plan(inputs: PlanInputs, rule: MaskRule, imbalance: float = 1.02) -> Plan:

@@ -140,33 +140,31 @@ def _lay_pairs(documents, lengths, work, mean, ranks, filler, block) -> list[tup
     """(document, start, end, rank) of head and tail pairs, from both ends inwards, as large as each rank has room for."""
     table = []
     density = _filler_density(filler, int(lengths[documents].sum()), int(work[documents].sum()), ranks)
-    queue = sorted(range(len(ranks.room)), key=lambda r: (ranks.room[r], -r))  # popped from its end: most room first
+    waiting = sorted(range(len(ranks.room)), key=lambda r: (ranks.room[r], -r))  # popped from its end: most room first
     for d in documents.tolist():
         length, pairs, head, tail = int(lengths[d]), int(work[d]), 0, int(lengths[d])
         per_row = UNIT * pairs // length
         while head < tail:
             rows = 0
-            while queue and not rows:
-                rank = queue[-1]  # its free rows will be filled up, so a pair's rows replace filler
+            while waiting and not rows:
+                rank = waiting[-1]  # its free rows will be filled up, so a pair's rows replace filler
                 room = UNIT * ranks.room[rank] - density * ranks.free[rank]
                 rows = min(max(room, 0) // max(per_row - density, 1), ranks.free[rank], tail - head)
                 if rows * per_row < UNIT * mean // 20 and rows < tail - head:  # not worth a twentieth of a share
-                    queue.pop()
+                    waiting.pop()
                     rows = 0
             if not rows:  # every rank has its share: spread what is left, in quarters of a share
                 rows = min(max(2 * block, UNIT * mean // 4 // per_row), tail - head)
                 while (rank := ranks.roomiest(rows)) is None:
                     rows = max(1, rows // 2)
             half = max(block, _nearest(rows // 2, block))
-            if tail - head - 2 * half < block or 2 * half > ranks.free[rank]:
-                parts = [(head, min(tail, head + ranks.free[rank]))]
-                if parts[0][1] < tail:  # the rows that are free here, wherever that cuts
-                    parts = [(head, head + rows)]
-                head = parts[0][1]
-            else:
-                low = max(head + half, _up(tail - half, block)) if tail % block else tail - half
-                parts = [(head, head + half), (low, tail)]
-                head, tail = head + half, low
+            if tail - head - 2 * half >= block and 2 * half <= ranks.free[rank]:
+                parts = [(head, head + half), (_up(tail - half, block), tail)]
+                head, tail = parts[0][1], parts[1][0]
+            else:  # the last rows of the document, or of the rank
+                rows = tail - head if tail - head <= ranks.free[rank] else max(rows // block * block, min(rows, block))
+                parts = [(head, head + rows)]
+                head += rows
             for start, end in parts:
                 table.append((d, start, end, rank))
                 ranks.take(rank, end - start, _pairs_of_rows(pairs, length, start, end))
@@ -191,7 +189,9 @@ def _fill(queue: _Queue, ranks: _Ranks) -> tuple[np.ndarray, np.ndarray, np.ndar
         excess = lambda end: UNIT * (queue.pairs[end] - queue.pairs[at]) - density * (queue.rows[end] - queue.rows[at])  # noqa: E731, B023
         at = take_run(rank, bisect_right(range(at + 1, fits + 1), spare, key=excess) + at)
     for _ in range(2):  # up to its rows: the longest where most room for work is left on each row
-        for rank in sorted(everyone, key=lambda r: (-max(0, UNIT * ranks.room[r]) // max(1, ranks.free[r]), -ranks.free[r], r)):
+        for rank in sorted(
+            everyone, key=lambda r: (-max(0, UNIT * ranks.room[r]) // max(1, ranks.free[r]), -ranks.free[r], r)
+        ):
             at = take_run(rank, bisect_right(queue.rows, queue.rows[at] + ranks.free[rank]) - 1)
 
     first, last, rank = np.array(runs, np.int64).reshape(-1, 3).T
@@ -227,7 +227,9 @@ def _filler_density(filler: _Queue, rows: int, pairs: int, ranks: _Ranks) -> int
     dense = bisect_left(range(len(filler)), True, key=lambda i: _density(filler, i, i + 1) * free < UNIT * room)
     rows, pairs, density = rows + filler.rows[dense], pairs + filler.pairs[dense], 0
     for _ in range(4):
-        busy = max(0, UNIT * pairs - density * rows) * free // max(1, UNIT * room - density * free)  # rows of full ranks
+        busy = (
+            max(0, UNIT * pairs - density * rows) * free // max(1, UNIT * room - density * free)
+        )  # rows of full ranks
         need = min(max(0, shut + busy - rows), filler.rows[-1])
         first = min(bisect_left(filler.rows, filler.rows[-1] - need), len(filler) - 1)
         density = min(_density(filler, first, len(filler)), UNIT * room // max(1, free))

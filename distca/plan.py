@@ -71,7 +71,9 @@ class PlanInputs:
         windows, capacity, home, lengths = np.split(words[7:], np.cumsum([num_rules, num_servers, num_servers]))
         lengths = lengths[:num_documents]  # a message may be longer, up to its alignment
         pool = Pool(tuple(capacity.tolist()), tuple(h - 1 if h else None for h in home.tolist()))
-        return PlanInputs(lengths, tuple(MaskRule(w) for w in windows.tolist()), num_ranks, pool, tolerance, block, group)
+        return PlanInputs(
+            lengths, tuple(MaskRule(w) for w in windows.tolist()), num_ranks, pool, tolerance, block, group
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,10 @@ def least_moved(plan: Plan, group: int) -> int:
     document, rank = s.document[order], s.rank[order]
     fresh = np.flatnonzero(np.append(True, (document[1:] != document[:-1]) | (rank[1:] != rank[:-1])))
     held = np.add.reduceat((s.end - s.start)[order], fresh)  # rows of one document on one rank
-    most, own = np.zeros(int(s.rank.max()) + 1, np.int64), sum_by(rank[fresh], held * (held + 1) // 2, int(s.rank.max()) + 1)
+    most, own = (
+        np.zeros(int(s.rank.max()) + 1, np.int64),
+        sum_by(rank[fresh], held * (held + 1) // 2, int(s.rank.max()) + 1),
+    )
     np.maximum.at(most, rank[fresh], held)
     total = 0
     for pairs, home in zip(share.tolist(), plan.pool.home, strict=True):

@@ -55,7 +55,9 @@ SLACK = (3, 3, 3, 2, 2, 1, 0)  # quarters of the tolerance that are planned for,
 def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
     """Plan one micro-batch under one of its mask rules. Every rule of the same inputs gets the same placement."""
     pool, total_rows = inputs.pool, int(inputs.lengths.sum())
-    by_length = order_by(int(inputs.lengths.max(initial=0)) - inputs.lengths)  # from here on documents have no other names
+    by_length = order_by(
+        int(inputs.lengths.max(initial=0)) - inputs.lengths
+    )  # from here on documents have no other names
     lengths = inputs.lengths[by_length]
     documents = bands_of(rule, lengths)
     work = sum(bands_of(r, lengths).area() for r in inputs.rules)
@@ -81,7 +83,11 @@ def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
         limit = limits(total, pool, inputs.tolerance * quarters // 4)
         limit -= too_much if (limit - too_much).sum() >= total else 0
         moved = _share_out(homes.document, pieces, area, server, load, limit, inputs)
-        now = load - sum_by(server[moved.given], area[moved.given], len(pool)) + sum_by(moved.server, moved.tiles.area(), len(pool))
+        now = (
+            load
+            - sum_by(server[moved.given], area[moved.given], len(pool))
+            + sum_by(moved.server, moved.tiles.area(), len(pool))
+        )
         excess = int((now - allowed).max())
         if best is None or excess < best[0]:
             best = (excess, moved)
@@ -232,7 +238,9 @@ def _match(document, amount, regions: Bands, room, group: int) -> _Line:
     documents, amounts, rows = document.tolist(), amount.tolist(), (regions.q1 - regions.q0).tolist()
     # rooms are ordered in 64ths of the largest, so that a server which was promised a little less keeps its place
     unit = max(1, int(room.max()) // 64)
-    waiting = sorted(((pairs + unit // 2) // unit, -server, pairs) for server, pairs in enumerate(room.tolist()) if pairs)
+    waiting = sorted(
+        ((pairs + unit // 2) // unit, -server, pairs) for server, pairs in enumerate(room.tolist()) if pairs
+    )
     band_end, portion_end, portion_band, portion_server = [], [], [], []
     at, first = 0, 0
     while first < len(documents):
@@ -276,7 +284,9 @@ def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, block:
     # rows of each part: as much of its region's area as the part is of what the piece gives
     inside = regions[item]
     above = _share(end - item_start[item], inside.area(), (item_end - item_start)[item])
-    bottom = _search(lambda y: crop(inside, inside.q0, y, inside.k0, inside.k1).area(), inside.q0, inside.q1, above, block)
+    bottom = _search(
+        lambda y: crop(inside, inside.q0, y, inside.k0, inside.k1).area(), inside.q0, inside.q1, above, block
+    )
     bottom = _at_least_a_block(bottom, item, inside, block)
     top = np.where(np.append(True, item[1:] != item[:-1]), inside.q0, np.append(0, bottom[:-1]))
     parts = crop(inside, top, bottom, inside.k0, inside.k1)
@@ -288,7 +298,9 @@ def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, block:
     portion = first[part] + number
     goal = np.where(all_given[item], parts.area(), np.minimum(end - start, parts.area()))[part]
     wide = parts[part]
-    left_area = _share(line.portion_end[portion] - band_start[band[part]], goal, (line.band_end - band_start)[band[part]])
+    left_area = _share(
+        line.portion_end[portion] - band_start[band[part]], goal, (line.band_end - band_start)[band[part]]
+    )
     right = _search(lambda x: crop(wide, wide.q0, wide.q1, wide.k0, x).area(), wide.k0, wide.k1, left_area, block)
     outermost = number == count[part] - 1
     right = np.where(outermost & all_given[item[part]], wide.k1, right)
@@ -335,7 +347,9 @@ def _share(part, amount, whole) -> np.ndarray:
     """amount * part // whole for part <= whole, where the product may not fit 64 bits: then to 31 bits of part / whole."""
     shift = max(0, int(whole.max(initial=1)).bit_length() + int(amount.max(initial=1)).bit_length() - 62)
     half = shift // 2
-    return np.minimum(((part >> (shift - half)) * (amount >> half) // np.maximum(whole >> (shift - half), 1)) << half, amount)
+    return np.minimum(
+        ((part >> (shift - half)) * (amount >> half) // np.maximum(whole >> (shift - half), 1)) << half, amount
+    )
 
 
 def _counted(counts: np.ndarray) -> np.ndarray:

@@ -19,7 +19,6 @@ from distca.arrays import order_by, ranges, sum_by
 from distca.masks import Bands
 from distca.plan import Plan, Pool
 
-
 NO_ROWS = np.zeros(0, np.int64)
 
 
@@ -64,12 +63,16 @@ class Routes:
 
     def of_trainer(self, rank: int) -> TrainerRoute:
         q_rows, kv_rows = self.queries.of_rank(rank), self.keys.of_rank(rank)
-        links = tuple(ServerRows(s, q_rows.get(s, NO_ROWS), kv_rows.get(s, NO_ROWS)) for s in sorted({*q_rows, *kv_rows}))
+        links = tuple(
+            ServerRows(s, q_rows.get(s, NO_ROWS), kv_rows.get(s, NO_ROWS)) for s in sorted({*q_rows, *kv_rows})
+        )
         return TrainerRoute(rank, links, self.queries.are_disjoint(rank), self.digest)
 
     def of_server(self, server: int) -> ServerRoute:
         q_rows, kv_rows = self.queries.of_server(server), self.keys.of_server(server)
-        links = tuple(TrainerRows(r, q_rows.get(r, NO_ROWS), kv_rows.get(r, NO_ROWS)) for r in sorted({*q_rows, *kv_rows}))
+        links = tuple(
+            TrainerRows(r, q_rows.get(r, NO_ROWS), kv_rows.get(r, NO_ROWS)) for r in sorted({*q_rows, *kv_rows})
+        )
         num_q, num_kv = (sum(len(rows) for rows in x.values()) for x in (q_rows, kv_rows))
         return ServerRoute(server, links, self.tasks[self.server == server], num_q, num_kv, self.digest)
 

@@ -32,7 +32,9 @@ PLANNERS = {"tiles": plan_step, "greedy": greedy_plan, "greedy-even": even_greed
 def draw_lengths(shape: str, context: int, tokens: int, seed: int) -> np.ndarray:
     """Lengths of a named shape that sum to `tokens`; none exceeds `context`."""
     if shape not in SHAPES:
-        raise SettingsError(f"no shape '{shape}'; there are: " + "; ".join(f"{name} ({what})" for name, what in SHAPES.items()))
+        raise SettingsError(
+            f"no shape '{shape}'; there are: " + "; ".join(f"{name} ({what})" for name, what in SHAPES.items())
+        )
     rng, drawn, total = np.random.default_rng(seed), [], 0
     while total < tokens:
         body = np.exp(rng.normal(np.log(1000), 1.2, 4096))
@@ -56,9 +58,13 @@ def read_lengths(path: Path, trainers: int) -> np.ndarray:
     try:
         lengths = np.load(path) if path.suffix == ".npy" else np.array(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
-        raise SettingsError(f"cannot read lengths from {path}: {error}. Give a .json list or a .npy column of integers.") from error
+        raise SettingsError(
+            f"cannot read lengths from {path}: {error}. Give a .json list or a .npy column of integers."
+        ) from error
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 0).any() or lengths.sum() < trainers:
-        raise SettingsError(f"{path}: expected a list of lengths that sum to at least one token for each of {trainers} trainers")
+        raise SettingsError(
+            f"{path}: expected a list of lengths that sum to at least one token for each of {trainers} trainers"
+        )
     ends = np.minimum(np.cumsum(lengths.astype(np.int64)), int(lengths.sum()) // trainers * trainers)
     return np.diff(ends, prepend=0)
 
@@ -117,11 +123,17 @@ class PlanStudy:
     def table(self) -> Table:
         i, tokens = self.inputs, max(1, int(self.inputs.lengths.sum()) // self.inputs.num_ranks)
         title = f"{len(i.lengths)} documents, {i.num_ranks} trainers with {tokens:,} tokens each, {len(i.pool)} servers, group {i.group}"
-        table = Table(title=title, caption="bytes in key/value rows per token; worst rank: per token of one rank, one way")
+        table = Table(
+            title=title, caption="bytes in key/value rows per token; worst rank: per token of one rank, one way"
+        )
         for heading in ("", "least load", "mean", "most", "bytes", "worst rank", "plan ms"):
             table.add_column(heading, justify="left" if not heading else "right")
         for s in self.scores:
-            figures = [*(f"{x:.3f}" for x in s.load), f"{s.moved / tokens / i.num_ranks:.3f}", f"{s.worst_rank / tokens:.2f}"]
+            figures = [
+                *(f"{x:.3f}" for x in s.load),
+                f"{s.moved / tokens / i.num_ranks:.3f}",
+                f"{s.worst_rank / tokens:.2f}",
+            ]
             table.add_row(s.name, *figures, f"{s.plan_ms:.1f}")
         at_home = _spread(self.load_at_home, [1] * i.num_ranks)
         table.add_row("all at home", *(f"{x:.3f}" for x in at_home), "0", "0", "")
@@ -133,7 +145,13 @@ class PlanStudy:
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         axes = figure.subplots()
         total = self.load_at_home.sum() / max(1, len(self.load_at_home))
-        axes.step(range(len(self.load_at_home)), self.load_at_home / max(1.0, total), where="mid", label="all at home", color="0.6")
+        axes.step(
+            range(len(self.load_at_home)),
+            self.load_at_home / max(1.0, total),
+            where="mid",
+            label="all at home",
+            color="0.6",
+        )
         capacity = np.array(self.inputs.pool.capacity, float)
         share = capacity / capacity.sum() * max(1, int(self.plan.load().sum()))
         label = f"planned, worst {imbalance(self.plan.load(), capacity):.3f}"
@@ -159,7 +177,13 @@ class PlanStudy:
 
 
 def study(
-    lengths: np.ndarray, trainers: int, pool: Pool, group: int, planner: str = "tiles", tolerance: float = 0.01, block: int = 128
+    lengths: np.ndarray,
+    trainers: int,
+    pool: Pool,
+    group: int,
+    planner: str = "tiles",
+    tolerance: float = 0.01,
+    block: int = 128,
 ) -> PlanStudy:
     """Plan `lengths` with the chosen planner, and with the others for comparison; the mask is causal."""
     if planner not in PLANNERS:

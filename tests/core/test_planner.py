@@ -150,7 +150,9 @@ def test_every_pool_is_even_to_one_percent(pool, longest):
 
 @pytest.mark.parametrize("group", [4, 8])
 def test_fewer_bytes_than_the_greedy_planner_and_more_than_the_bound(group):
-    inputs = PlanInputs(heavy_tailed(64, 65_536, 500_000, 0), (MaskRule(),), 64, make_pool(64, 0, True), 10_000, 128, group)
+    inputs = PlanInputs(
+        heavy_tailed(64, 65_536, 500_000, 0), (MaskRule(),), 64, make_pool(64, 0, True), 10_000, 128, group
+    )
     ours, greedy = plan_step(inputs, MaskRule()), greedy_plan(inputs, MaskRule())
     greedy.check_cover()
     (q, kv), (greedy_q, greedy_kv) = routes_of(ours).moved_rows(), routes_of(greedy).moved_rows()
