@@ -1,9 +1,13 @@
 """The greedy planner that the paper (arXiv 2510.18121, section 4) describes: the baseline that ours is compared with.
 
-Documents lie on ranks in their order; one that crosses a border gives both ranks an equal part from its head and its tail. What a
-rank holds of a document is an *item*. Servers with too little work, the emptiest first, take from those with too much: always the
-item that gives most work per byte, whole or in part, until each is short of no more than `tolerance`. An item takes its rows with
-all the keys before them. It bounds how much a server falls short, not how much it exceeds; and it does not see who has to send.
+Documents lie on ranks in their order; one that crosses a border gives both ranks an equal part from its head and its
+tail. What a
+rank holds of a document is an *item*. Servers with too little work, the emptiest first, take from those with too much:
+always the
+item that gives most work per byte, whole or in part, until each is short of no more than `tolerance`. An item takes
+its rows with
+all the keys before them. It bounds how much a server falls short, not how much it exceeds; and it does not see who has
+to send.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ TOLERANCE = 100_000
 
 
 def greedy_plan(inputs: PlanInputs, rule: MaskRule, tolerance: int = TOLERANCE) -> Plan:
-    """The paper's plan of a micro-batch; servers that live nowhere start without work, ranks without a server lend theirs one."""
+    """The paper's plan of a micro-batch; servers that live nowhere start without work, ranks without a server lend
+    theirs one."""
     segments, item, item_rank = _head_and_tail(inputs.lengths, inputs.num_ranks)
     home = {rank: server for server, rank in enumerate(inputs.pool.home) if rank is not None}
     server = np.array([home.get(r, r % len(inputs.pool)) for r in item_rank.tolist()], np.int64)

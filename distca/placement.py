@@ -1,19 +1,29 @@
 """Which rank holds which rows?
 
-Every rank holds the same number of rows. Which documents lie where is free: their order inside one optimizer step does not
+Every rank holds the same number of rows. Which documents lie where is free: their order inside one optimizer step does
+not
 change the gradient. So documents are placed where their attention is cheap to share out, longest first:
 
-    rank 0   | A rows 0..    |  x  x  x  x |   A     *stripes*: a document of many servers' work is cut into fewer stripes than
-    rank 1   | A rows 16K..  |  x  x  x  x |         servers will work on it; each goes to the rank with least work so far
-    rank 2   | B head | B tail | x x x x x |   B, C  *pairs*: a document of a few servers' work is laid along the ranks from its
-    rank 3   | B   B | C head  |  C tail | |         two ends inwards. A pair of h head and h tail rows attends about h x length
-    rank 4   | C | d | e |  x  x  x  x  x  |         pairs wherever it is cut, so each rank gets exactly the work it has room for
-    rank 5   | f   | g   | h   | i   | j   |   d..j  *whole* documents fill one rank after another up to its share of work
+    rank 0   | A rows 0..    |  x  x  x  x |   A     *stripes*: a document of many servers' work is cut into fewer
+    stripes than
+    rank 1   | A rows 16K..  |  x  x  x  x |         servers will work on it; each goes to the rank with least work so
+    far
+    rank 2   | B head | B tail | x x x x x |   B, C  *pairs*: a document of a few servers' work is laid along the ranks
+    from its
+    rank 3   | B   B | C head  |  C tail | |         two ends inwards. A pair of h head and h tail rows attends about h
+    x length
+    rank 4   | C | d | e |  x  x  x  x  x  |         pairs wherever it is cut, so each rank gets exactly the work it
+    has room for
+    rank 5   | f   | g   | h   | i   | j   |   d..j  *whole* documents fill one rank after another up to its share of
+    work
     rank 6   | x x x x x x x x x x x x x x |   x     *filler*: the shortest documents take the rows that are left
 
-Ranks 2 to 5 then need no help and give none: only keys travel for B and C, nothing for d to j. Ranks like 6 are the ones with time
-to give to A. This is cheaper than making all ranks a little short of work, because what a server pays for a tile grows with the
-square root of the tile's work. Where filler crosses a border between ranks it is cut, and that is one of the shortest documents.
+Ranks 2 to 5 then need no help and give none: only keys travel for B and C, nothing for d to j. Ranks like 6 are the
+ones with time
+to give to A. This is cheaper than making all ranks a little short of work, because what a server pays for a tile grows
+with the
+square root of the tile's work. Where filler crosses a border between ranks it is cut, and that is one of the shortest
+documents.
 """
 
 from __future__ import annotations
@@ -32,7 +42,8 @@ UNIT = 1024  # densities are integers: pairs per row, in 1/1024
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Rank `rank` holds rows [start, end) of `document` as its own rows [row, row + end - start). Sorted by rank, then row."""
+    """Rank `rank` holds rows [start, end) of `document` as its own rows [row, row + end - start). Sorted by rank, then
+    row."""
 
     document: np.ndarray  # (N,) int64
     start: np.ndarray  # (N,) int64
@@ -48,7 +59,8 @@ class Segments:
 def place(
     lengths: np.ndarray, work: np.ndarray, share: np.ndarray, rows: np.ndarray, group: int, block: int
 ) -> Segments:
-    """Documents of `lengths` tokens, longest first, and `work` pairs onto ranks of exactly `rows` each, good for `share` pairs.
+    """Documents of `lengths` tokens, longest first, and `work` pairs onto ranks of exactly `rows` each, good for
+    `share` pairs.
 
     `group` is what a moved query row costs in moved key rows."""
     num_ranks = len(share)
@@ -172,7 +184,8 @@ def _lay_pairs(documents, lengths, work, mean, ranks, filler, block) -> list[tup
 
 
 def _fill(queue: _Queue, ranks: _Ranks) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Entries of the queue, first row, last row, rank: whole documents in runs, then what is left, cut where it must be."""
+    """Entries of the queue, first row, last row, rank: whole documents in runs, then what is left, cut where it must
+    be."""
     runs, at = [], 0
 
     def take_run(rank: int, end: int) -> int:
@@ -205,7 +218,8 @@ def _fill(queue: _Queue, ranks: _Ranks) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def _pour(entries: np.ndarray, vessels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Lay entries end to end beside vessels (borders of both, from 0 to one total): entry, its first and last row, vessel."""
+    """Lay entries end to end beside vessels (borders of both, from 0 to one total): entry, its first and last row,
+    vessel."""
     assert entries[-1] == vessels[-1], f"{entries[-1]} rows for {vessels[-1]} places"
     borders = np.unique(np.concatenate([entries, vessels]))
     start, end = borders[:-1], borders[1:]
@@ -214,9 +228,11 @@ def _pour(entries: np.ndarray, vessels: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _filler_density(filler: _Queue, rows: int, pairs: int, ranks: _Ranks) -> int:
-    """Pairs per row of the shortest documents, those that will fill up the ranks which have their share of work without them.
+    """Pairs per row of the shortest documents, those that will fill up the ranks which have their share of work
+    without them.
 
-    Beside `filler`, documents of `rows` and `pairs` are still to be placed. Each full rank gives `density` back per row that is
+    Beside `filler`, documents of `rows` and `pairs` are still to be placed. Each full rank gives `density` back per
+    row that is
     not filler; a few rounds settle which documents are needed."""
     opened = [r for r, room in enumerate(ranks.room) if room > 0]
     if not opened or not len(filler):

@@ -1,10 +1,12 @@
 """Which attention server computes which CA-task: the result that every rank agrees on.
 
-A `Plan` is made from `PlanInputs` alone (integers: lengths, capacities, mask), by every rank for itself. Ranks compare the
+A `Plan` is made from `PlanInputs` alone (integers: lengths, capacities, mask), by every rank for itself. Ranks compare
+the
 8-byte digest, never the plan. `Plan.check()` states what every plan guarantees:
   - each allowed (query, key) pair is in exactly one task, and each task has one server of the pool;
   - tasks are cut at multiples of `block` rows and keys counted from the document's start, or at a border between ranks;
-  - no server's load exceeds its fair share by more than the tolerance and what one cut decides: `block` rows and keys of its tasks;
+  - no server's load exceeds its fair share by more than the tolerance and what one cut decides: `block` rows and keys
+  of its tasks;
   - every rank holds the same number of rows.
 """
 
@@ -41,7 +43,8 @@ class Pool:
 
 
 def make_pool(trainers: int, servers: int, trainers_serve: bool, trainer_capacity: int = 100) -> Pool:
-    """In place (no dedicated servers), dedicated (trainers do not serve) or mixed; serving trainers come first, in rank order."""
+    """In place (no dedicated servers), dedicated (trainers do not serve) or mixed; serving trainers come first, in
+    rank order."""
     serving = trainers if trainers_serve else 0
     return Pool((trainer_capacity,) * serving + (100,) * servers, tuple(range(serving)) + (None,) * servers)
 
@@ -78,7 +81,8 @@ class PlanInputs:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """CA-tasks of one micro-batch under one mask, with their servers. Sorted by document, first row, first key: the plan's order."""
+    """CA-tasks of one micro-batch under one mask, with their servers. Sorted by document, first row, first key: the
+    plan's order."""
 
     lengths: np.ndarray  # (documents,) int64
     rule: MaskRule
@@ -175,9 +179,11 @@ def shares(total: int, pool: Pool) -> np.ndarray:
 
 
 def least_moved(plan: Plan, group: int) -> int:
-    """A lower bound on what any exactly even plan moves, in key/value rows (a query row counts `group`), however it cuts.
+    """A lower bound on what any exactly even plan moves, in key/value rows (a query row counts `group`), however it
+    cuts.
 
-    A server that holds at most r rows of one document computes at most A pairs of its own rows and keys. The E other pairs of its
+    A server that holds at most r rows of one document computes at most A pairs of its own rows and keys. The E other
+    pairs of its
     share need x query and y key rows from elsewhere with (r + x)(r + y) >= E + r^2; the cheapest x and y are known."""
     s = plan.segments
     share = shares(int(plan.load().sum()), plan.pool)

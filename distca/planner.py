@@ -2,35 +2,35 @@
 
 A decision from integers alone: equal inputs give an equal plan, on every rank, machine and run.
 
-Most of the work is done where `placement.place` put the rows, and never cut. Only the *surplus* moves: what a server's rows need
-beyond its limit. It is cut off the documents with most work per row, as rectangles far from the diagonal:
+Most of the work is done where `placement.place` put the rows, and never cut. Only the *surplus* moves: what a server's
+rows need beyond its limit. It is cut off the documents with most work per row, as rectangles far from the diagonal:
 
-             keys  0              X                                    One document, three stripes on three ranks.
-    rows    0      \\
-    rank 5         | \\            server 5 has time left              home   keeps the columns next to the diagonal, whose
-                   |   \\                                                     keys it holds already
-    rows 16K       +-----+-\\                                          tile   a receiver's rectangle: `group` times as wide as
-    rank 0         |tile |   \\                                                high, because a moved query row costs as much
-                   |  8  |home \\                                              as `group` moved key rows
-    rows 32K       +--+--+-------\\                                    band   tiles side by side, one row range; the last band
-    rank 1         |8 |tile|       \\                                          of a stripe goes on in the next stripe, so a
-                   |  |  9 |  home   \\                                        tile may cross the border between two ranks
-                   +--+----+-----------\\
-                   |tile 11| home        \\
-                   +-------+---------------\\
+           keys  0              X                   One document, three stripes on three ranks.
+    rows   0     \\
+    rank 5       | \\             server 5 has time    home   keeps the columns next to the diagonal: it holds
+                 |   \\           left                        these keys already
+    rows 16K     +-----+-\\                           tile   a receiver's rectangle: `group` times as wide as high,
+    rank 0       |tile |   \\                                because a moved query row costs `group` moved key rows
+                 |  8  |home \\                       band   tiles side by side, one row range; the last band of a
+    rows 32K     +--+--+-------\\                            stripe goes on in the next, so a tile may cross the
+    rank 1       |8 |tile|       \\                          border between two ranks
+                 |  |  9 |  home   \\
+                 +--+----+-----------\\
+                 |tile 11| home        \\
+                 +-------+---------------\\
 
   1. `_surplus`   which pieces (rows of one document on one rank) give away how many pairs
   2. `_regions`   from which rows and keys of each piece
-  3. `_match`     to whom: whole rooms, largest first, then the smallest room that is large enough; few edges, since a tile's cost
-                  grows with the square root of its work. Everything given is thought of as one line, document by document:
+  3. `_match`     to whom: whole rooms, largest first, then the smallest room that is large enough; few edges, since a
+                  tile costs the square root of its work. All that is given lies on one line, document by document:
                       given    | A stripe 1 |  A stripe 2       | B ...
                       bands    |   band 0      |  band 1  | b 2 | band 3 ...
                       portions | 8    | 9      | 11  | 3  | 4   | 4 ...
-  4. `_tiles`     cut: every overlap on that line becomes rows of a region, split among the band's portions by exact area
+  4. `_tiles`     cut: every overlap on that line becomes rows of a region, split among its portions by exact area
 
-Cuts are searched on the mask's exact area, so any band mask is planned the same way; they lie on multiples of `block`. What a cut
-is off by stays at home. `plan_step` leaves a quarter of the tolerance for that; servers that still exceed it are promised less, and
-stages 1 to 4 run again.
+Cuts are searched on the mask's exact area, so any band mask is planned the same way; they lie on multiples of `block`.
+What a cut is off by stays at home. `plan_step` leaves a quarter of the tolerance for that; servers that still exceed
+their limit are promised less, and stages 1 to 4 run again.
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ def _surplus(pieces: Bands, area, server, load, limit) -> tuple[np.ndarray, np.n
 def _regions(pieces: Bands, area, amount, largest_room: int, group: int, block: int) -> Bands:
     """(E,) the rows and keys from which each piece gives, with a little more than `amount` pairs unless it gives all.
 
-    Either all rows, and home needs fewer of the keys left of its own; or only so many of the last rows that tiles get their
+    Either all rows, and home needs fewer of the keys left of its own; or only so many of the last rows that tiles get
+    their
     best shape, which is cheaper when little is given."""
     rows = pieces.q1 - pieces.q0
     tile = np.minimum(amount, largest_room)
@@ -274,7 +275,8 @@ def _match(document, amount, regions: Bands, room, group: int) -> _Line:
 
 
 def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, block: int):
-    """Every part of the giving pieces as bands, the item (row of `regions`) each belongs to, its server or NOBODY for home."""
+    """Every part of the giving pieces as bands, the item (row of `regions`) each belongs to, its server or NOBODY for
+    home."""
     item_end = np.minimum(np.cumsum(amount), line.band_end[-1])
     item_start, band_start = np.append(0, item_end[:-1]), np.append(0, line.band_end[:-1])
     borders = np.unique(np.concatenate([[0], item_end, line.band_end]))
@@ -320,7 +322,8 @@ def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, block:
 
 
 def _search(area_up_to: Callable, low, high, target, block: int, down: bool = False) -> np.ndarray:
-    """The multiples of `block` between low and high (or these) where a growing area is nearest to target, or just below it."""
+    """The multiples of `block` between low and high (or these) where a growing area is nearest to target, or just
+    below it."""
     at = lambda x: np.minimum(np.maximum(x * block, low), high)  # noqa: E731
     below, above = low // block, -(-high // block)
     for _ in range(int((above - below).max(initial=0)).bit_length()):
@@ -333,7 +336,8 @@ def _search(area_up_to: Callable, low, high, target, block: int, down: bool = Fa
 
 
 def _at_least_a_block(bottom, item, inside: Bands, block: int) -> np.ndarray:
-    """Lower borders of parts, moved so that no part of an item is without rows if there are enough; an item's last is its end."""
+    """Lower borders of parts, moved so that no part of an item is without rows if there are enough; an item's last is
+    its end."""
     first = np.searchsorted(item, item)
     number, count = np.arange(len(item)) - first, np.searchsorted(item, item, side="right") - first
     low, high = inside.q0 // block, -(-inside.q1 // block)

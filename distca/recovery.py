@@ -1,7 +1,9 @@
 """Who takes over when attention servers are lost in the middle of a step?
 
-Only the lost servers' tasks move, with the cuts they have, so every result stays the same to the bit: tasks are deterministic and
-partial results merge in the plan's order, not in the servers'. The next step gets a fresh plan without the lost servers.
+Only the lost servers' tasks move, with the cuts they have, so every result stays the same to the bit: tasks are
+deterministic and
+partial results merge in the plan's order, not in the servers'. The next step gets a fresh plan without the lost
+servers.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ A server's rows lie packed, sorted by document and position, so that the rows an
     home rank 0  | doc 0 | doc 1 ...|        server 2  queries | doc 1 rows 128.. | doc 4 rows 0.. |
     home rank 1  | ... doc 1 | doc 4 |                 keys    | doc 1 keys 0..        | doc 4 keys 0.. |
 
-A `Shipment` is a run of rows with one home rank and one server; both ends derive their row numbers from the same table. A row goes
+A `Shipment` is a run of rows with one home rank and one server; both ends derive their row numbers from the same
+table. A row goes
 to a server once, however many of the server's tasks read it.
 """
 
@@ -24,7 +25,8 @@ NO_ROWS = np.zeros(0, np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Shipments:
-    """Rows [home_row, home_row + rows) of `rank` are rows [server_row, server_row + rows) of `server`. In the server's order."""
+    """Rows [home_row, home_row + rows) of `rank` are rows [server_row, server_row + rows) of `server`. In the server's
+    order."""
 
     rank: np.ndarray  # (N,) int64
     server: np.ndarray  # (N,) int64
@@ -137,7 +139,8 @@ def _ship(plan: Plan, start: np.ndarray, end: np.ndarray) -> tuple[Shipments, np
     span_row = before - np.append(before, rows.sum())[servers_before][span_server]
     base = span_row[span] + start - span_start[span]
 
-    # each span crosses one or more home segments of its document, which are consecutive when sorted by (document, start)
+    # each span crosses one or more home segments of its document, which are consecutive when sorted by (document,
+    # start)
     s = plan.segments
     order = order_by(s.document, s.start)
     of_document = np.bincount(s.document, minlength=len(plan.lengths))
@@ -162,7 +165,8 @@ def _ship(plan: Plan, start: np.ndarray, end: np.ndarray) -> tuple[Shipments, np
 
 
 def _union(server, document, start, end) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ranges that overlap or touch, within one server and document, become one span; spans are sorted by server, document, start.
+    """Ranges that overlap or touch, within one server and document, become one span; spans are sorted by server,
+    document, start.
 
     Each range's span, each span's first range, each span's end."""
     order = order_by(server, document, start)

@@ -1,4 +1,5 @@
-"""`distca plan`: what would the planner do with these documents? A table, a picture, a file that other tools can score."""
+"""`distca plan`: what would the planner do with these documents? A table, a picture, a file that other tools can
+score."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ class PlanScore:
     """Least, mean and most work of a server, as a part of its fair share."""
     moved: int
     worst_rank: float
-    """Most that one rank or server sends or receives one way: half of `group` for a query row, 1 for a key/value row."""
+    """Most that one rank or server sends or receives one way: half of `group` for a query row, 1 for a key/value
+    row."""
     plan_ms: float
 
 
@@ -161,7 +163,8 @@ class PlanStudy:
         figure.savefig(path, dpi=120)
 
     def write_json(self, path: Path) -> None:
-        """lengths, trainers, servers, in_place, capacity, home [document, start, end, rank], tasks [document, q0, q1, k0, k1, server]."""
+        """lengths, trainers, servers, in_place, capacity, home [document, start, end, rank], tasks [document, q0, q1,
+        k0, k1, server]."""
         s, b, pool = self.plan.segments, self.plan.bands, self.plan.pool
         in_place = sum(rank is not None for rank in pool.home)
         out = {
