@@ -1,14 +1,43 @@
 """Which rank holds which rows?
 
-Every rank holds the same number of tokens. Documents are laid out in their order, so a document that crosses a border
-between ranks is split there: its head ends one rank, its tail begins the next, and a long document may span many ranks.
+Every rank holds the same number of rows. Which documents lie where is free: their order inside one optimizer step does
+not
+change the gradient. So documents are placed where their attention is cheap to share out, longest first:
+
+    rank 0   | A rows 0..    |  x  x  x  x |   A     *stripes*: a document of many servers' work is cut into fewer
+    stripes than
+    rank 1   | A rows 16K..  |  x  x  x  x |         servers will work on it; each goes to the rank with least work so
+    far
+    rank 2   | B head | B tail | x x x x x |   B, C  *pairs*: a document of a few servers' work is laid along the ranks
+    from its
+    rank 3   | B   B | C head  |  C tail | |         two ends inwards. A pair of h head and h tail rows attends about h
+    x length
+    rank 4   | C | d | e |  x  x  x  x  x  |         pairs wherever it is cut, so each rank gets exactly the work it
+    has room for
+    rank 5   | f   | g   | h   | i   | j   |   d..j  *whole* documents fill one rank after another up to its share of
+    work
+    rank 6   | x x x x x x x x x x x x x x |   x     *filler*: the shortest documents take the rows that are left
+
+Ranks 2 to 5 then need no help and give none: only keys travel for B and C, nothing for d to j. Ranks like 6 are the
+ones with time
+to give to A. This is cheaper than making all ranks a little short of work, because what a server pays for a tile grows
+with the
+square root of the tile's work. Where filler crosses a border between ranks it is cut, and that is one of the shortest
+documents.
 """
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from math import isqrt
 
 import numpy as np
+
+from distca.arrays import order_by, ranges
+
+UNIT = 1024  # densities are integers: pairs per row, in 1/1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +56,214 @@ class Segments:
         return Segments(self.document[mine], self.start[mine], self.end[mine], self.rank[mine], self.row[mine])
 
 
-def place(lengths: np.ndarray, num_ranks: int) -> Segments:
-    """Documents of `lengths` tokens, in order, onto ranks of equal size; the sum must be a multiple of `num_ranks`."""
-    ends = np.cumsum(lengths, dtype=np.int64)
-    total = int(ends[-1]) if len(ends) else 0
-    assert total % num_ranks == 0, f"{total} tokens cannot be shared equally by {num_ranks} ranks"
-    tokens = max(total // num_ranks, 1)
-    borders = np.unique(np.concatenate([[0], ends, np.arange(0, total, tokens)]))
+def place(
+    lengths: np.ndarray, work: np.ndarray, share: np.ndarray, rows: np.ndarray, group: int, block: int
+) -> Segments:
+    """Documents of `lengths` tokens, longest first, and `work` pairs onto ranks of exactly `rows` each, good for
+    `share` pairs.
+
+    `group` is what a moved query row costs in moved key rows."""
+    num_ranks = len(share)
+    assert lengths.sum() == rows.sum(), f"{lengths.sum()} tokens for {num_ranks} ranks with {rows.sum()} rows"
+    lengths, work = lengths[lengths > 0], work[lengths > 0]
+    ranks = _Ranks(rows.tolist(), share.tolist())
+    mean = max(1, int(share.sum()) // num_ranks)
+
+    num_split = int(np.count_nonzero((work > mean) | (lengths > rows.max())))
+    num_striped = int(np.count_nonzero(2 * work[:num_split] > 3 * group * mean))
+    striped, paired, whole = np.split(np.arange(len(lengths)), [num_striped, num_split])
+    table = _lay_stripes(striped, lengths, work, mean, ranks, block)
+    filler = _Queue(lengths[whole], work[whole])
+    table += _lay_pairs(paired, lengths, work, mean, ranks, filler, block)
+    split = np.array(table, np.int64).reshape(-1, 4)
+    queued, start, end, rank = _fill(filler, ranks)
+
+    document = np.concatenate([split[:, 0], whole[queued]])
+    start, end = np.concatenate([split[:, 1], start]), np.concatenate([split[:, 2], end])
+    rank = np.concatenate([split[:, 3], rank])
+    order = order_by(rank, document, start)
+    document, start, end, rank = document[order], start[order], end[order], rank[order]
+    return Segments(document, start, end, rank, np.cumsum(end - start) - (end - start) - (np.cumsum(rows) - rows)[rank])
+
+
+def num_stripes(work: int, share: int) -> int:
+    """(work / share) to the power 7/8, rounded: fewer stripes save bytes, more of them spread what each of their ranks sends."""
+    return max(1, (isqrt(isqrt(isqrt(256 * work**7 // share**7))) + 1) // 2)
+
+
+class _Ranks:
+    """What every rank can still take while documents are laid out: `free` rows and `room` pairs."""
+
+    def __init__(self, free: list[int], room: list[int]):
+        self.free, self.room = free, room
+        self._heap = [(-pairs, rank) for rank, pairs in enumerate(room)]
+        heapq.heapify(self._heap)
+
+    def take(self, rank: int, rows: int, pairs: int) -> None:
+        self.free[rank] -= rows
+        self.room[rank] -= pairs
+        heapq.heappush(self._heap, (-self.room[rank], rank))
+
+    def roomiest(self, rows: int) -> int | None:
+        """The rank with room for most pairs among those with `rows` free rows."""
+        found, too_full = None, []
+        while self._heap and found is None:
+            entry = heapq.heappop(self._heap)
+            pairs, rank = entry
+            if -pairs != self.room[rank] or self.free[rank] == 0:
+                continue  # out of date: a newer entry of this rank is in the heap
+            too_full.append(entry)
+            if self.free[rank] >= rows:
+                found = rank
+        for entry in too_full:
+            heapq.heappush(self._heap, entry)
+        return found
+
+
+class _Queue:
+    """Whole documents, longest first, with running sums: entries [a, b) hold rows[b] - rows[a] rows."""
+
+    def __init__(self, lengths: np.ndarray, work: np.ndarray):
+        self.rows, self.pairs = ([0, *np.cumsum(column).tolist()] for column in (lengths, work))
+
+    def __len__(self) -> int:
+        return len(self.rows) - 1
+
+
+def _lay_stripes(documents, lengths, work, mean, ranks, block) -> list[tuple[int, int, int, int]]:
+    """(document, start, end, rank) of even stripes, each on the rank with most room."""
+    table = []
+    for d in documents.tolist():
+        length, pairs, start = int(lengths[d]), int(work[d]), 0
+        rows = _up(-(-length // num_stripes(pairs, mean)), block)
+        while start < length:
+            rank = ranks.roomiest(min(rows, length - start))
+            if rank is None:
+                rows = max(1, rows // 2 // block * block or rows // 2)
+                continue
+            end = min(start + rows, length)
+            table.append((d, start, end, rank))
+            ranks.take(rank, end - start, _pairs_of_rows(pairs, length, start, end))
+            start = end
+    return table
+
+
+def _lay_pairs(documents, lengths, work, mean, ranks, filler, block) -> list[tuple[int, int, int, int]]:
+    """(document, start, end, rank) of head and tail pairs, from both ends inwards, as large as each rank has room for."""
+    table = []
+    density = _filler_density(filler, int(lengths[documents].sum()), int(work[documents].sum()), ranks)
+    waiting = sorted(range(len(ranks.room)), key=lambda r: (ranks.room[r], -r))  # popped from its end: most room first
+    for d in documents.tolist():
+        length, pairs, head, tail = int(lengths[d]), int(work[d]), 0, int(lengths[d])
+        per_row = UNIT * pairs // length
+        while head < tail:
+            rows = 0
+            while waiting and not rows:
+                rank = waiting[-1]  # its free rows will be filled up, so a pair's rows replace filler
+                room = UNIT * ranks.room[rank] - density * ranks.free[rank]
+                rows = min(max(room, 0) // max(per_row - density, 1), ranks.free[rank], tail - head)
+                if rows * per_row < UNIT * mean // 20 and rows < tail - head:  # not worth a twentieth of a share
+                    waiting.pop()
+                    rows = 0
+            if not rows:  # every rank has its share: spread what is left, in quarters of a share
+                rows = min(max(2 * block, UNIT * mean // 4 // per_row), tail - head)
+                while (rank := ranks.roomiest(rows)) is None:
+                    rows = max(1, rows // 2)
+            half = max(block, _nearest(rows // 2, block))
+            if tail - head - 2 * half >= block and 2 * half <= ranks.free[rank]:
+                parts = [(head, head + half), (_up(tail - half, block), tail)]
+                head, tail = parts[0][1], parts[1][0]
+            else:  # the last rows of the document, or of the rank
+                rows = tail - head if tail - head <= ranks.free[rank] else max(rows // block * block, min(rows, block))
+                parts = [(head, head + rows)]
+                head += rows
+            for start, end in parts:
+                table.append((d, start, end, rank))
+                ranks.take(rank, end - start, _pairs_of_rows(pairs, length, start, end))
+    return table
+
+
+def _fill(queue: _Queue, ranks: _Ranks) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Entries of the queue, first row, last row, rank: whole documents in runs, then what is left, cut where it must
+    be."""
+    runs, at = [], 0
+
+    def take_run(rank: int, end: int) -> int:
+        if end > at:
+            runs.append((at, end, rank))
+            ranks.take(rank, queue.rows[end] - queue.rows[at], queue.pairs[end] - queue.pairs[at])
+        return max(at, end)
+
+    everyone = range(len(ranks.free))
+    density = _filler_density(queue, 0, 0, ranks)
+    for rank in sorted(everyone, key=lambda r: (ranks.room[r], r)):  # up to its share of work, filler included
+        fits = bisect_right(queue.rows, queue.rows[at] + ranks.free[rank]) - 1
+        spare = UNIT * ranks.room[rank] - density * ranks.free[rank]
+        excess = lambda end: UNIT * (queue.pairs[end] - queue.pairs[at]) - density * (queue.rows[end] - queue.rows[at])  # noqa: E731, B023
+        at = take_run(rank, bisect_right(range(at + 1, fits + 1), spare, key=excess) + at)
+    for _ in range(2):  # up to its rows: the longest where most room for work is left on each row
+        for rank in sorted(
+            everyone, key=lambda r: (-max(0, UNIT * ranks.room[r]) // max(1, ranks.free[r]), -ranks.free[r], r)
+        ):
+            at = take_run(rank, bisect_right(queue.rows, queue.rows[at] + ranks.free[rank]) - 1)
+
+    first, last, rank = np.array(runs, np.int64).reshape(-1, 3).T
+    rows = np.diff(queue.rows)
+    entry = ranges(first, last - first)
+    rest = _pour(np.array(queue.rows[at:], np.int64) - queue.rows[at], np.cumsum([0, *ranks.free]))
+    entry = np.concatenate([entry, at + rest[0]])
+    end = np.concatenate([rows[entry[: len(entry) - len(rest[0])]], rest[2]])
+    start = np.concatenate([np.zeros(len(entry) - len(rest[0]), np.int64), rest[1]])
+    return entry, start, end, np.concatenate([np.repeat(rank, last - first), rest[3]])
+
+
+def _pour(entries: np.ndarray, vessels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Lay entries end to end beside vessels (borders of both, from 0 to one total): entry, its first and last row,
+    vessel."""
+    assert entries[-1] == vessels[-1], f"{entries[-1]} rows for {vessels[-1]} places"
+    borders = np.unique(np.concatenate([entries, vessels]))
     start, end = borders[:-1], borders[1:]
-    document = np.searchsorted(ends, start, side="right")  # skips documents without tokens
-    first = ends[document] - np.asarray(lengths, np.int64)[document]
-    return Segments(document, start - first, end - first, start // tokens, start % tokens)
+    entry = np.searchsorted(entries, start, side="right") - 1
+    return entry, start - entries[entry], end - entries[entry], np.searchsorted(vessels, start, side="right") - 1
+
+
+def _filler_density(filler: _Queue, rows: int, pairs: int, ranks: _Ranks) -> int:
+    """Pairs per row of the shortest documents, those that will fill up the ranks which have their share of work
+    without them.
+
+    Beside `filler`, documents of `rows` and `pairs` are still to be placed. Each full rank gives `density` back per
+    row that is
+    not filler; a few rounds settle which documents are needed."""
+    opened = [r for r, room in enumerate(ranks.room) if room > 0]
+    if not opened or not len(filler):
+        return 0
+    free, room = sum(ranks.free[r] for r in opened), sum(ranks.room[r] for r in opened)
+    shut = sum(ranks.free) - free
+    # documents with more work per row than ranks have on average fill ranks up; the last documents fill the gaps
+    dense = bisect_left(range(len(filler)), True, key=lambda i: _density(filler, i, i + 1) * free < UNIT * room)
+    rows, pairs, density = rows + filler.rows[dense], pairs + filler.pairs[dense], 0
+    for _ in range(4):
+        busy = (
+            max(0, UNIT * pairs - density * rows) * free // max(1, UNIT * room - density * free)
+        )  # rows of full ranks
+        need = min(max(0, shut + busy - rows), filler.rows[-1])
+        first = min(bisect_left(filler.rows, filler.rows[-1] - need), len(filler) - 1)
+        density = min(_density(filler, first, len(filler)), UNIT * room // max(1, free))
+    return density
+
+
+def _density(queue: _Queue, first: int, last: int) -> int:
+    return UNIT * (queue.pairs[last] - queue.pairs[first]) // (queue.rows[last] - queue.rows[first])
+
+
+def _pairs_of_rows(pairs: int, length: int, start: int, end: int) -> int:
+    """About how many of a document's pairs its rows [start, end) attend: late rows see more."""
+    return pairs * (end * end - start * start) // (length * length)
+
+
+def _up(x: int, block: int) -> int:
+    return -(-x // block) * block
+
+
+def _nearest(x: int, block: int) -> int:
+    return (x + block // 2) // block * block

@@ -1,10 +1,16 @@
 """Which attention server computes which CA-task: the result that every rank agrees on.
 
 A `Plan` is made from `PlanInputs` alone (integers: lengths, capacities, mask), by every rank for itself. Ranks compare
+<<<<<<< HEAD
 the 8-byte digest, never the plan. `Plan.check()` states what every plan guarantees:
+=======
+the
+8-byte digest, never the plan. `Plan.check()` states what every plan guarantees:
+>>>>>>> planner-work
   - each allowed (query, key) pair is in exactly one task, and each task has one server of the pool;
   - tasks are cut at multiples of `block` rows and keys counted from the document's start, or at a border between ranks;
-  - no server's load exceeds its fair share by more than the tolerance plus one tile of block x block pairs;
+  - no server's load exceeds its fair share by more than the tolerance and what one cut decides: `block` rows and keys
+  of its tasks;
   - every rank holds the same number of rows.
 """
 
@@ -12,9 +18,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields
+from math import isqrt
 
 import numpy as np
 
+from distca.arrays import order_by, sum_by
 from distca.masks import Bands, MaskRule, bands_of
 from distca.placement import Segments
 
@@ -39,8 +47,13 @@ class Pool:
 
 
 def make_pool(trainers: int, servers: int, trainers_serve: bool, trainer_capacity: int = 100) -> Pool:
+<<<<<<< HEAD
     """In place (no dedicated servers), dedicated (trainers do not serve) or mixed; serving trainers come first, in rank
     order."""
+=======
+    """In place (no dedicated servers), dedicated (trainers do not serve) or mixed; serving trainers come first, in
+    rank order."""
+>>>>>>> planner-work
     serving = trainers if trainers_serve else 0
     return Pool((trainer_capacity,) * serving + (100,) * servers, tuple(range(serving)) + (None,) * servers)
 
@@ -55,21 +68,24 @@ class PlanInputs:
     pool: Pool
     tolerance: int  # millionths of a fair share
     block: int
+    group: int = 4  # query heads per key/value head: what moving a query row costs, in key/value rows
 
     def to_words(self) -> np.ndarray:
         """As int64 words, to cross a wire without pickle."""
         home = [0 if h is None else h + 1 for h in self.pool.home]
         windows = [rule.window for rule in self.rules]
-        head = [self.num_ranks, self.tolerance, self.block, len(windows), len(self.pool), len(self.lengths)]
+        head = [self.num_ranks, self.tolerance, self.block, self.group, len(windows), len(self.pool), len(self.lengths)]
         return np.array([*head, *windows, *self.pool.capacity, *home, *self.lengths.tolist()], np.int64)
 
     @staticmethod
     def from_words(words: np.ndarray) -> PlanInputs:
-        num_ranks, tolerance, block, num_rules, num_servers, num_documents = (int(w) for w in words[:6])
-        windows, capacity, home, lengths = np.split(words[6:], np.cumsum([num_rules, num_servers, num_servers]))
+        num_ranks, tolerance, block, group, num_rules, num_servers, num_documents = (int(w) for w in words[:7])
+        windows, capacity, home, lengths = np.split(words[7:], np.cumsum([num_rules, num_servers, num_servers]))
         lengths = lengths[:num_documents]  # a message may be longer, up to its alignment
         pool = Pool(tuple(capacity.tolist()), tuple(h - 1 if h else None for h in home.tolist()))
-        return PlanInputs(lengths, tuple(MaskRule(w) for w in windows.tolist()), num_ranks, pool, tolerance, block)
+        return PlanInputs(
+            lengths, tuple(MaskRule(w) for w in windows.tolist()), num_ranks, pool, tolerance, block, group
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +126,22 @@ class Plan:
 
     def check(self) -> None:
         """Raise AssertionError unless the plan keeps its promises (see the top of the file)."""
-        self._check_cover()
+        self.check_cover()
         assert ((self.server >= 0) & (self.server < len(self.pool))).all(), "a task without a server"
         load, limit = self.load(), limits(int(self.bands.area().sum()), self.pool, self.tolerance)
-        over = np.flatnonzero(load > limit + self.block**2)
+        over = np.flatnonzero(load > limit + self._grain())
         assert len(over) == 0, f"server {over[0]} has {load[over[0]]} pairs, its limit is {limit[over[0]]}"
         held = sum_by(self.segments.rank, self.segments.end - self.segments.start, int(self.segments.rank.max()) + 1)
         assert (held == held[0]).all(), f"ranks hold {held.tolist()} rows"
 
-    def _check_cover(self) -> None:
+    def _grain(self) -> np.ndarray:
+        """(servers,) int64: pairs in `block` rows and `block` keys of each server's longest task, as far as its cuts may be off."""
+        sides = np.zeros(len(self.pool), np.int64)
+        np.maximum.at(sides, self.server, self.bands.q1 - self.bands.q0 + self.bands.k1 - self.bands.k0)
+        return sides * self.block
+
+    def check_cover(self) -> None:
+        """Raise AssertionError unless each allowed pair is in exactly one task and each row in one segment."""
         wanted, got = (
             bands_of(self.rule, self.lengths).area(),
             sum_by(self.document, self.bands.area(), len(self.lengths)),
@@ -163,15 +186,36 @@ def shares(total: int, pool: Pool) -> np.ndarray:
     return np.array([-(-total * c // whole) for c in pool.capacity], np.int64)
 
 
+def least_moved(plan: Plan, group: int) -> int:
+    """A lower bound on what any exactly even plan moves, in key/value rows (a query row counts `group`), however it
+    cuts.
+
+    A server that holds at most r rows of one document computes at most A pairs of its own rows and keys. The E other
+    pairs of its
+    share need x query and y key rows from elsewhere with (r + x)(r + y) >= E + r^2; the cheapest x and y are known."""
+    s = plan.segments
+    share = shares(int(plan.load().sum()), plan.pool)
+    order = order_by(s.rank, s.document)
+    document, rank = s.document[order], s.rank[order]
+    fresh = np.flatnonzero(np.append(True, (document[1:] != document[:-1]) | (rank[1:] != rank[:-1])))
+    held = np.add.reduceat((s.end - s.start)[order], fresh)  # rows of one document on one rank
+    most, own = (
+        np.zeros(int(s.rank.max()) + 1, np.int64),
+        sum_by(rank[fresh], held * (held + 1) // 2, int(s.rank.max()) + 1),
+    )
+    np.maximum.at(most, rank[fresh], held)
+    total = 0
+    for pairs, home in zip(share.tolist(), plan.pool.home, strict=True):
+        r, away = (0, pairs) if home is None else (int(most[home]), pairs - int(own[home]))
+        if away > 0 and away + r * r < group * r * r:
+            total += away // r
+        elif away > 0:
+            total += max(0, 2 * isqrt(group * (away + r * r)) - (group + 1) * r)
+    return total
+
+
 def imbalance(load, capacity) -> float:
     """max(load / fair share); 1.0 when there is no load at all."""
     relative = np.asarray(load, float) / np.asarray(capacity, float)
     mean = np.sum(load) / np.sum(capacity)
     return float(relative.max() / mean) if mean > 0 else 1.0
-
-
-def sum_by(key: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:
-    """(size,) int64 sums of `value` by `key`, exact where float bincount would not be."""
-    out = np.zeros(size, np.int64)
-    np.add.at(out, key, value)
-    return out

@@ -2,49 +2,111 @@
 
 A decision from integers alone: equal inputs give an equal plan, on every rank, machine and run.
 
-    rows with a server at home       keep what fits under the server's limit, short documents first
-    the rest, and homeless rows      is cut into tiles and laid end to end; the servers' free rooms are laid end to end
-                                     beside it, largest room first, and each tile goes where its middle falls
+Most of the work is done where `placement.place` put the rows, and never cut. Only the *surplus* moves: what a server's
+rows need beyond its limit. It is cut off the documents with most work per row, as rectangles far from the diagonal:
 
-        released   |tile|tile| tile |tile|tile|  tile  |tile|
-        rooms      |  server 2  |  server 0   | server 1 |
+           keys  0              X                   One document, three stripes on three ranks.
+    rows   0     \\
+    rank 5       | \\             server 5 has time    home   keeps the columns next to the diagonal: it holds
+                 |   \\           left                        these keys already
+    rows 16K     +-----+-\\                           tile   a receiver's rectangle: `group` times as wide as high,
+    rank 0       |tile |   \\                                because a moved query row costs `group` moved key rows
+                 |  8  |home \\                       band   tiles side by side, one row range; the last band of a
+    rows 32K     +--+--+-------\\                            stripe goes on in the next, so a tile may cross the
+    rank 1       |8 |tile|       \\                          border between two ranks
+                 |  |  9 |  home   \\
+                 +--+----+-----------\\
+                 |tile 11| home        \\
+                 +-------+---------------\\
 
-Tiles are `block` rows high and as wide as a few per cent of a server's share, so nobody ends more than one tile above
-its share. Neighbouring tiles on one server are joined again: a server gets a few rectangles per document, not hundreds
-of tiles.
+  1. `_surplus`   which pieces (rows of one document on one rank) give away how many pairs
+  2. `_regions`   from which rows and keys of each piece
+  3. `_match`     to whom: whole rooms, largest first, then the smallest room that is large enough; few edges, since a
+                  tile costs the square root of its work. All that is given lies on one line, document by document:
+                      given    | A stripe 1 |  A stripe 2       | B ...
+                      bands    |   band 0      |  band 1  | b 2 | band 3 ...
+                      portions | 8    | 9      | 11  | 3  | 4   | 4 ...
+  4. `_tiles`     cut: every overlap on that line becomes rows of a region, split among its portions by exact area
+
+Cuts are searched on the mask's exact area, so any band mask is planned the same way; they lie on multiples of `block`.
+What a cut is off by stays at home. `plan_step` leaves a quarter of the tolerance for that; servers that still exceed
+their limit are promised less, and stages 1 to 4 run again.
 """
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import isqrt
+
 import numpy as np
 
+from distca.arrays import order_by, sum_by
 from distca.masks import Bands, MaskRule, bands_of, crop, cut
-from distca.placement import Segments, place
-from distca.plan import MILLION, Plan, PlanInputs, Pool, limits, shares, sum_by
+from distca.placement import place
+from distca.plan import Plan, PlanInputs, Pool, limits, shares
+
+NOBODY = -1  # inside this file: no server
+SLACK = (3, 3, 3, 2, 2, 1, 0)  # quarters of the tolerance that are planned for, in the order in which they are tried
 
 
 def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
-    """Plan one micro-batch under one of its mask rules."""
-    segments = place(inputs.lengths, inputs.num_ranks)
-    document, pieces = _pieces(segments, bands_of(rule, inputs.lengths))
-    home = _home_server(segments, inputs.pool)
-    total = int(pieces.area().sum())
-    share, limit = shares(total, inputs.pool), limits(total, inputs.pool, inputs.tolerance)
-    largest_tile = max(inputs.block**2, int(share.min()) * inputs.tolerance // MILLION // 2)
+    """Plan one micro-batch under one of its mask rules. Every rule of the same inputs gets the same placement."""
+    pool, total_rows = inputs.pool, int(inputs.lengths.sum())
+    by_length = order_by(
+        int(inputs.lengths.max(initial=0)) - inputs.lengths
+    )  # from here on documents have no other names
+    lengths = inputs.lengths[by_length]
+    documents = bands_of(rule, lengths)
+    work = sum(bands_of(r, lengths).area() for r in inputs.rules)
+    total_work = int(work.sum())
+    rows = np.full(inputs.num_ranks, total_rows // inputs.num_ranks)
+    segments = place(lengths, work, _rank_shares(inputs, total_work), rows, inputs.group, inputs.block)
 
-    piece, tiles, server = _keep_at_home(pieces, home, limit, inputs.block, largest_tile)
-    kept = sum_by(server[server >= 0], tiles.area()[server >= 0], len(inputs.pool))
-    server = _fill_rooms(tiles.area(), server, np.maximum(share - kept, 0))
+    if any(home is not None for home in pool.home):
+        homes, server = segments, _home_servers(segments.rank, pool, inputs.num_ranks)
+    else:  # no rows lie on a server: place documents once more, as if they did
+        spread = np.diff(np.arange(len(pool) + 1) * total_rows // len(pool))
+        homes = place(lengths, work, shares(total_work, pool), spread, inputs.group, inputs.block)
+        server = homes.rank
+    whole = documents[homes.document]
+    pieces = cut(whole, homes.start, homes.end, whole.k0, whole.k1)
+    area = pieces.area()
+    total = int(area.sum())
+    server = _adopt(server, area, shares(total, pool))
+    load = sum_by(server, area, len(pool))
 
-    piece, tiles, server = _join(piece, tiles, server)
-    bands = cut(pieces[piece], tiles.q0, tiles.q1, tiles.k0, tiles.k1)
-    order = np.lexsort((bands.k0, bands.q0, document[piece]))
+    allowed, too_much, best = limits(total, pool, inputs.tolerance), np.zeros(len(pool), np.int64), None
+    for quarters in SLACK:
+        limit = limits(total, pool, inputs.tolerance * quarters // 4)
+        limit -= too_much if (limit - too_much).sum() >= total else 0
+        moved = _share_out(homes.document, pieces, area, server, load, limit, inputs)
+        now = (
+            load
+            - sum_by(server[moved.given], area[moved.given], len(pool))
+            + sum_by(moved.server, moved.tiles.area(), len(pool))
+        )
+        excess = int((now - allowed).max())
+        if best is None or excess < best[0]:
+            best = (excess, moved)
+        if excess <= 0:
+            break
+        too_much += np.where(now > allowed, now - limit, 0)
+    moved = best[1]
+
+    stays = area > 0
+    stays[moved.given] = False
+    document = by_length[np.concatenate([homes.document[stays], homes.document[moved.piece]])]
+    bands, server = _join(pieces[stays], moved.tiles), np.concatenate([server[stays], moved.server])
+    order = order_by(document, bands.q0, bands.k0)
     return Plan(
         inputs.lengths,
         rule,
-        segments,
-        inputs.pool,
-        document[piece][order],
+        replace(segments, document=by_length[segments.document]),
+        pool,
+        document[order],
         bands[order],
         server[order],
         inputs.tolerance,
@@ -52,112 +114,252 @@ def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
     )
 
 
-HOMELESS = -1  # inside this file: no server yet
-
-
-def _pieces(segments: Segments, documents: Bands) -> tuple[np.ndarray, Bands]:
-    """What each segment's rows see: (N,) document numbers and their bands."""
-    bands = documents[segments.document]
-    return segments.document, cut(bands, segments.start, segments.end, bands.k0, bands.k1)
-
-
-def _home_server(segments: Segments, pool: Pool) -> np.ndarray:
-    """(N,) the server that lives where each segment's rows live, or HOMELESS."""
-    ranks = int(segments.rank.max(initial=0)) + 1
-    server_of = np.full(ranks, HOMELESS, np.int64)
-    for server, rank in enumerate(pool.home):
+def _rank_shares(inputs: PlanInputs, total: int) -> np.ndarray:
+    """(ranks,) pairs that each rank should hold: in proportion to the server that lives there, all alike if none does."""
+    weight = [0] * inputs.num_ranks
+    for capacity, rank in zip(inputs.pool.capacity, inputs.pool.home, strict=True):
         if rank is not None:
-            server_of[rank] = server
-    return server_of[segments.rank]
+            weight[rank] = capacity
+    weight = weight if any(weight) else [1] * inputs.num_ranks
+    return np.array([-(-total * w // sum(weight)) for w in weight], np.int64)
 
 
-def _keep_at_home(
-    pieces: Bands, home: np.ndarray, limit: np.ndarray, block: int, largest_tile: int
-) -> tuple[np.ndarray, Bands, np.ndarray]:
-    """Tiles with the server that keeps them, HOMELESS for those released. Pieces that stay whole are one tile each."""
-    area = pieces.area()
-    load = sum_by(home[home >= 0], area[home >= 0], len(limit))
-    at_ease = (home >= 0) & (load <= limit)[home]
-    whole, split = np.flatnonzero(at_ease & (area > 0)), np.flatnonzero(~at_ease & (area > 0))
-
-    piece, tiles = _tile(pieces[split], block, largest_tile)
-    piece, server = split[piece], np.full(len(piece), HOMELESS, np.int64)
-    for donor in np.unique(home[split]):
-        if donor == HOMELESS:
-            continue
-        mine = np.flatnonzero(home[piece] == donor)
-        mine = mine[np.argsort(area[piece[mine]], kind="stable")]  # short documents first; inside one, early rows first
-        stays = np.cumsum(tiles[mine].area()) <= limit[donor]
-        server[mine[stays]] = donor
-    joined = Bands(*(np.concatenate([getattr(pieces[whole], c), getattr(tiles, c)]) for c in Bands.__slots__))
-    return np.concatenate([whole, piece]), joined, np.concatenate([home[whole], server])
+def _home_servers(rank: np.ndarray, pool: Pool, num_ranks: int) -> np.ndarray:
+    """(N,) the server that lives on each rank, or NOBODY."""
+    server_of = np.full(num_ranks, NOBODY, np.int64)
+    for server, home in enumerate(pool.home):
+        if home is not None:
+            server_of[home] = server
+    return server_of[rank]
 
 
-def _tile(bands: Bands, block: int, largest: int) -> tuple[np.ndarray, Bands]:
-    """Cut bands into row blocks, and row blocks of more than `largest` pairs across the keys, all at multiples of
-    `block`."""
-    index, first = _spread((bands.q1 - 1) // block - bands.q0 // block + 1)
-    start = (bands.q0 // block)[index] * block + first * block
-    rows = cut(bands[index], start, start + block, bands.k0[index], bands.k1[index])
-    low, width = rows.k0 // block * block, largest // block // block * block
-    step = np.where(rows.area() > largest, width, np.maximum(rows.k1 - low, 1))
-    part_of, part = _spread(np.where(rows.area() > 0, -(-(rows.k1 - low) // step), 0))
-    low = low[part_of] + part * step[part_of]
-    tiles = crop(rows[part_of], rows.q0[part_of], rows.q1[part_of], low, low + step[part_of])
-    useful = tiles.area() > 0
-    return index[part_of][useful], tiles[useful]
+def _adopt(server: np.ndarray, area: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """(N,) servers where NOBODY's pieces, most work first, went to whoever had most room left: a home in name only."""
+    orphans = np.flatnonzero((server == NOBODY) & (area > 0))
+    adopted = np.where(server == NOBODY, 0, server)
+    if len(orphans) == 0:
+        return adopted
+    room = share - sum_by(server[server >= 0], area[server >= 0], len(share))
+    heap = [(-pairs, s) for s, pairs in enumerate(room.tolist())]
+    heapq.heapify(heap)
+    orphans = orphans[np.argsort(-area[orphans], kind="stable")]
+    for piece, pairs in zip(orphans.tolist(), area[orphans].tolist(), strict=True):
+        key, adopted[piece] = heap[0]
+        heapq.heapreplace(heap, (key + pairs, int(adopted[piece])))
+    return adopted
 
 
-def _fill_rooms(area: np.ndarray, server: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Give every HOMELESS tile a server: each goes where its middle falls when rooms are laid end to end, largest
-    first."""
-    free = np.flatnonzero(server == HOMELESS)
-    order = np.argsort(-room, kind="stable")
-    middle = np.cumsum(area[free]) - area[free] // 2 - 1
-    slot = np.searchsorted(np.cumsum(room[order]), middle, side="right")
-    filled = server.copy()
-    filled[free] = order[np.minimum(slot, len(room) - 1)]
-    return filled
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """Pieces of which something is given away, and all their parts, those that stay included."""
+
+    given: np.ndarray  # (E,) int64, numbers of pieces
+    tiles: Bands  # (C,)
+    piece: np.ndarray  # (C,) int64, the piece that a tile is part of
+    server: np.ndarray  # (C,) int64
 
 
-def _join(piece: np.ndarray, tiles: Bands, server: np.ndarray) -> tuple[np.ndarray, Bands, np.ndarray]:
-    """Join neighbours on one server: first along the keys of a row block, then row blocks that see all their keys."""
-    order = np.lexsort((tiles.k0, tiles.q0, piece))
-    piece, tiles, server = piece[order], tiles[order], server[order]
-    first = np.flatnonzero(_changes(piece, tiles.q0, server))
-    last = np.append(first[1:], len(piece)) - 1
-    # a row block is whole when one server has it all; then its key bounds are the piece's own and may grow with the
-    # rows
-    alone = np.flatnonzero(_changes(piece, tiles.q0))
-    whole = np.isin(first, alone) & np.isin(last + 1, np.append(alone, len(piece)))
-    piece, server = piece[first], server[first]
-    rows = Bands(tiles.q0[first], tiles.q1[first], tiles.k0[first], tiles.k1[last], tiles.lo[first], tiles.hi[first])
+def _share_out(document, pieces: Bands, area, server, load, limit, inputs: PlanInputs) -> _Moved:
+    """Stages 1 to 4: what goes where when no server may exceed `limit`."""
+    given, amount = _surplus(pieces, area, server, load, limit)
+    room = np.maximum(limit - load, 0)
+    if len(given) == 0 or not room.any():
+        return _Moved(given[:0], pieces[:0], given[:0], given[:0])
+    regions = _regions(pieces[given], area[given], amount, int(room.max()), inputs.group, inputs.block)
+    # documents that give most come first: they take the largest rooms
+    of_document = sum_by(document[given], amount, len(inputs.lengths))[document[given]]
+    order = order_by(int(of_document.max()) - of_document, document[given], regions.q0)
+    given, amount, regions = given[order], amount[order], regions[order]
+    line = _match(document[given], amount, regions, room, inputs.group)
+    tiles, item, tile_server = _tiles(regions, pieces[given], amount, amount == area[given], line, inputs.block)
+    tile_piece = given[item]
+    tile_server = np.where(tile_server == NOBODY, server[tile_piece], tile_server)
+    tiles = cut(tiles, tiles.q0, tiles.q1, tiles.k0, tiles.k1)
+    useful = tiles.q1 > tiles.q0
+    return _Moved(given, tiles[useful], tile_piece[useful], tile_server[useful])
 
-    fresh = _changes(piece, server) | ~whole | ~np.append(False, whole[:-1])
-    first = np.flatnonzero(fresh)
-    if len(first) == 0:
-        return piece, rows, server
-    joined = Bands(
-        rows.q0[first],
-        np.maximum.reduceat(rows.q1, first),
-        np.minimum.reduceat(rows.k0, first),
-        np.maximum.reduceat(rows.k1, first),
-        rows.lo[first],
-        rows.hi[first],
+
+def _surplus(pieces: Bands, area, server, load, limit) -> tuple[np.ndarray, np.ndarray]:
+    """Which pieces of overloaded servers give away how many pairs: those with most work per row first."""
+    donors = np.flatnonzero((load > limit)[server] & (area > 0))
+    per_row = area[donors] // (pieces.q1 - pieces.q0)[donors]
+    donors = donors[np.lexsort((-per_row, server[donors]))]
+    before = np.cumsum(area[donors]) - area[donors]
+    before -= before[np.searchsorted(server[donors], server[donors])]  # counted from each server's own first piece
+    amount = np.clip((load - limit)[server[donors]] - before, 0, area[donors])
+    return donors[amount > 0], amount[amount > 0]
+
+
+def _regions(pieces: Bands, area, amount, largest_room: int, group: int, block: int) -> Bands:
+    """(E,) the rows and keys from which each piece gives, with a little more than `amount` pairs unless it gives all.
+
+    Either all rows, and home needs fewer of the keys left of its own; or only so many of the last rows that tiles get
+    their
+    best shape, which is cheaper when little is given."""
+    rows = pieces.q1 - pieces.q0
+    tile = np.minimum(amount, largest_room)
+    width = np.array([max(1, isqrt(group * pairs)) for pairs in tile.tolist()], np.int64)  # of a tile of the best shape
+    num_tiles = -(-amount // np.maximum(tile, 1))
+    cost_all = group * rows + (num_tiles - 1) * amount // rows
+    cost_some = 2 * width * np.maximum(amount // np.maximum(tile, 1), 1)
+    wanted = amount + amount // 8
+    left = crop(pieces, pieces.q0, pieces.q1, pieces.k0, pieces.q0).area()  # below the diagonal for every row
+    all_rows = (left >= wanted) & (cost_all <= cost_some)
+    top, last = pieces.q0.copy(), np.where(all_rows, pieces.q0, pieces.k1)
+
+    some = np.flatnonzero(~all_rows & (amount < area))
+    if len(some):
+        # the first, that is highest, of some heights whose rectangle left of its own first row is large enough
+        b, tries = pieces[some], 32
+        height = amount[some] // width[some] + np.arange(tries)[:, None] * -(-(b.q1 - b.q0) // tries)
+        tops = np.maximum((b.q1 - height) // block * block, b.q0)
+        tall = b[np.tile(np.arange(len(some)), tries)]
+        enough = crop(tall, tops.ravel(), tall.q1, tall.k0, tops.ravel()).area().reshape(tries, -1) >= wanted[some]
+        found, chosen = enough.any(axis=0), tops[enough.argmax(axis=0), np.arange(len(some))]
+        # none is: whole rows, with all the keys they see
+        rest = np.maximum(area[some] - wanted[some], 0)
+        whole_rows = _search(lambda y: crop(b, b.q0, y, b.k0, b.k1).area(), b.q0, b.q1, rest, block, down=True)
+        top[some] = np.where(found, chosen, whole_rows)
+        last[some] = np.where(found, chosen, b.k1)
+    return crop(pieces, top, pieces.q1, pieces.k0, last)
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """All that is given, laid end to end: where bands end, and the portions (one receiver's part of one band)."""
+
+    band_end: np.ndarray  # (B,) int64
+    portion_end: np.ndarray  # (P,) int64
+    portion_band: np.ndarray  # (P,) int64
+    portion_server: np.ndarray  # (P,) int64
+
+
+def _match(document, amount, regions: Bands, room, group: int) -> _Line:
+    """Receivers for every document's surplus, grouped into bands that are as many tiles wide as suits the region."""
+    documents, amounts, rows = document.tolist(), amount.tolist(), (regions.q1 - regions.q0).tolist()
+    # rooms are ordered in 64ths of the largest, so that a server which was promised a little less keeps its place
+    unit = max(1, int(room.max()) // 64)
+    waiting = sorted(
+        ((pairs + unit // 2) // unit, -server, pairs) for server, pairs in enumerate(room.tolist()) if pairs
     )
-    return piece[first], joined, server[first]
+    band_end, portion_end, portion_band, portion_server = [], [], [], []
+    at, first = 0, 0
+    while first < len(documents):
+        last = first
+        while last < len(documents) and documents[last] == documents[first]:
+            last += 1
+        portions, left = [], sum(amounts[first:last])
+        while left and waiting:
+            _, server, pairs = waiting.pop(min(bisect_left(waiting, (left // unit + 2,)), len(waiting) - 1))
+            portions.append((min(pairs, left), -server))
+            if pairs > left:
+                insort(waiting, ((pairs - left + unit // 2) // unit, server, pairs - left))
+            left -= portions[-1][0]
+
+        piece, piece_end = first, at + amounts[first]
+        while portions:
+            while at >= piece_end and piece + 1 < last:
+                piece += 1
+                piece_end += amounts[piece]
+            width, tile = amounts[piece] // max(1, rows[piece]), max(1, isqrt(group * portions[0][0]))
+            abreast = max(1, (2 * width + tile) // (2 * tile))
+            for pairs, server in portions[:abreast]:
+                at += pairs
+                portion_end.append(at)
+                portion_band.append(len(band_end))
+                portion_server.append(server)
+            del portions[:abreast]
+            band_end.append(at)
+        first = last
+    return _Line(*(np.array(x, np.int64) for x in (band_end, portion_end, portion_band, portion_server)))
 
 
-def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[2, 0, 3] -> ([0, 0, 2, 2, 2], [0, 1, 0, 1, 2]): which entry each repeat belongs to, and its number within it."""
-    index = np.repeat(np.arange(len(counts)), counts)
-    starts = np.cumsum(counts) - counts
-    return index, np.arange(len(index)) - starts[index]
+def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, block: int):
+    """Every part of the giving pieces as bands, the item (row of `regions`) each belongs to, its server or NOBODY for
+    home."""
+    item_end = np.minimum(np.cumsum(amount), line.band_end[-1])
+    item_start, band_start = np.append(0, item_end[:-1]), np.append(0, line.band_end[:-1])
+    borders = np.unique(np.concatenate([[0], item_end, line.band_end]))
+    start, end = borders[:-1], borders[1:]
+    item, band = np.searchsorted(item_end, start, side="right"), np.searchsorted(line.band_end, start, side="right")
+
+    # rows of each part: as much of its region's area as the part is of what the piece gives
+    inside = regions[item]
+    above = _share(end - item_start[item], inside.area(), (item_end - item_start)[item])
+    bottom = _search(
+        lambda y: crop(inside, inside.q0, y, inside.k0, inside.k1).area(), inside.q0, inside.q1, above, block
+    )
+    bottom = _at_least_a_block(bottom, item, inside, block)
+    top = np.where(np.append(True, item[1:] != item[:-1]), inside.q0, np.append(0, bottom[:-1]))
+    parts = crop(inside, top, bottom, inside.k0, inside.k1)
+
+    # keys of each tile: the band's portions side by side
+    first = np.searchsorted(line.portion_band, band)
+    count = np.searchsorted(line.portion_band, band, side="right") - first
+    part, number = np.repeat(np.arange(len(parts)), count), _counted(count)
+    portion = first[part] + number
+    goal = np.where(all_given[item], parts.area(), np.minimum(end - start, parts.area()))[part]
+    wide = parts[part]
+    left_area = _share(
+        line.portion_end[portion] - band_start[band[part]], goal, (line.band_end - band_start)[band[part]]
+    )
+    right = _search(lambda x: crop(wide, wide.q0, wide.q1, wide.k0, x).area(), wide.k0, wide.k1, left_area, block)
+    outermost = number == count[part] - 1
+    right = np.where(outermost & all_given[item[part]], wide.k1, right)
+    left = np.where(number == 0, wide.k0, np.append(0, right[:-1]))
+    tiles = crop(wide, wide.q0, wide.q1, left, right)
+
+    # home keeps what is right of the tiles, and the rows above the region or below its last part
+    own = pieces[item]
+    beside = crop(own, parts.q0, parts.q1, right[outermost], own.k1)
+    over = crop(pieces, pieces.q0, regions.q0, pieces.k0, pieces.k1)
+    covered = np.full(len(pieces), 0, np.int64)
+    np.maximum.at(covered, item, parts.q1)
+    under = crop(pieces, np.maximum(covered, regions.q0), pieces.q1, pieces.k0, pieces.k1)
+    home = _join(beside, over, under)
+    items = np.concatenate([item[part], item, np.arange(len(pieces)), np.arange(len(pieces))])
+    return _join(tiles, home), items, np.append(line.portion_server[portion], np.full(len(home), NOBODY))
 
 
-def _changes(*columns: np.ndarray) -> np.ndarray:
-    """True where any column differs from the entry before; the first entry counts as a change."""
-    fresh = np.ones(len(columns[0]), bool)
-    if len(fresh) > 1:
-        fresh[1:] = np.any([c[1:] != c[:-1] for c in columns], axis=0)
-    return fresh
+def _search(area_up_to: Callable, low, high, target, block: int, down: bool = False) -> np.ndarray:
+    """The multiples of `block` between low and high (or these) where a growing area is nearest to target, or just
+    below it."""
+    at = lambda x: np.minimum(np.maximum(x * block, low), high)  # noqa: E731
+    below, above = low // block, -(-high // block)
+    for _ in range(int((above - below).max(initial=0)).bit_length()):
+        middle = (below + above) // 2
+        less = area_up_to(at(middle)) <= target
+        below, above = np.where(less, middle, below), np.where(less, above, middle)
+    if down:
+        return at(below)
+    return at(np.where(target - area_up_to(at(below)) <= area_up_to(at(above)) - target, below, above))
+
+
+def _at_least_a_block(bottom, item, inside: Bands, block: int) -> np.ndarray:
+    """Lower borders of parts, moved so that no part of an item is without rows if there are enough; an item's last is
+    its end."""
+    first = np.searchsorted(item, item)
+    number, count = np.arange(len(item)) - first, np.searchsorted(item, item, side="right") - first
+    low, high = inside.q0 // block, -(-inside.q1 // block)
+    lift = item * (int(high.max(initial=0)) + len(item) + 1)  # lets one running maximum serve all items
+    rows = np.maximum.accumulate(np.maximum(-(-bottom // block) - number - 1, low) + lift) - lift + number + 1
+    rows = np.minimum(rows, high - (count - 1 - number)) * block
+    return np.where(number == count - 1, inside.q1, np.minimum(np.maximum(rows, inside.q0), inside.q1))
+
+
+def _share(part, amount, whole) -> np.ndarray:
+    """amount * part // whole for part <= whole, where the product may not fit 64 bits: then to 31 bits of part / whole."""
+    shift = max(0, int(whole.max(initial=1)).bit_length() + int(amount.max(initial=1)).bit_length() - 62)
+    half = shift // 2
+    return np.minimum(
+        ((part >> (shift - half)) * (amount >> half) // np.maximum(whole >> (shift - half), 1)) << half, amount
+    )
+
+
+def _counted(counts: np.ndarray) -> np.ndarray:
+    """[2, 0, 3] -> [0, 1, 0, 1, 2]."""
+    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _join(*bands: Bands) -> Bands:
+    return Bands(*(np.concatenate([getattr(b, column) for b in bands]) for column in Bands.__slots__))

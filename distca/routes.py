@@ -5,8 +5,14 @@ A server's rows lie packed, sorted by document and position, so that the rows an
     home rank 0  | doc 0 | doc 1 ...|        server 2  queries | doc 1 rows 128.. | doc 4 rows 0.. |
     home rank 1  | ... doc 1 | doc 4 |                 keys    | doc 1 keys 0..        | doc 4 keys 0.. |
 
+<<<<<<< HEAD
 A `Shipment` is a run of rows with one home rank and one server; both ends derive their row numbers from the same table.
 A row goes to a server once, however many of the server's tasks read it.
+=======
+A `Shipment` is a run of rows with one home rank and one server; both ends derive their row numbers from the same
+table. A row goes
+to a server once, however many of the server's tasks read it.
+>>>>>>> planner-work
 """
 
 from __future__ import annotations
@@ -15,8 +21,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distca.arrays import order_by, ranges, sum_by
 from distca.masks import Bands
-from distca.plan import Plan, Pool, sum_by
+from distca.plan import Plan, Pool
+
+NO_ROWS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +39,22 @@ class Shipments:
     server_row: np.ndarray  # (N,) int64
     rows: np.ndarray  # (N,) int64
 
-    def between(self, rank: int, server: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers (at home, at the server) of what the two exchange, in the order in which it travels."""
-        mine = np.flatnonzero((self.rank == rank) & (self.server == server))
-        return _ranges(self.home_row[mine], self.rows[mine]), _ranges(self.server_row[mine], self.rows[mine])
+    def of_rank(self, rank: int) -> dict[int, np.ndarray]:
+        """Row numbers at home that the rank exchanges with each server, in the order in which they travel."""
+        mine = np.flatnonzero(self.rank == rank)
+        return _rows_by(self.server[mine], self.home_row[mine], self.rows[mine])
+
+    def are_disjoint(self, rank: int) -> bool:
+        """No row of the rank goes to more than one server."""
+        mine = np.flatnonzero(self.rank == rank)
+        mine = mine[np.argsort(self.home_row[mine])]
+        return bool((self.home_row[mine[1:]] >= (self.home_row + self.rows)[mine[:-1]]).all())
+
+    def of_server(self, server: int) -> dict[int, np.ndarray]:
+        """Row numbers at the server that it exchanges with each rank, in the order in which they travel."""
+        mine = np.arange(*np.searchsorted(self.server, [server, server + 1]))
+        mine = mine[np.argsort(self.rank[mine], kind="stable")]
+        return _rows_by(self.rank[mine], self.server_row[mine], self.rows[mine])
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +69,19 @@ class Routes:
     digest: int
 
     def of_trainer(self, rank: int) -> TrainerRoute:
-        links = []
-        for server in range(len(self.pool)):
-            (q_rows, _), (kv_rows, _) = self.queries.between(rank, server), self.keys.between(rank, server)
-            if len(q_rows) or len(kv_rows):
-                links.append(ServerRows(server, q_rows, kv_rows))
-        sent = np.concatenate([link.q_rows for link in links]) if links else np.zeros(0, np.int64)
-        return TrainerRoute(rank, tuple(links), len(np.unique(sent)) == len(sent), self.digest)
+        q_rows, kv_rows = self.queries.of_rank(rank), self.keys.of_rank(rank)
+        links = tuple(
+            ServerRows(s, q_rows.get(s, NO_ROWS), kv_rows.get(s, NO_ROWS)) for s in sorted({*q_rows, *kv_rows})
+        )
+        return TrainerRoute(rank, links, self.queries.are_disjoint(rank), self.digest)
 
     def of_server(self, server: int) -> ServerRoute:
-        links = []
-        for rank in np.unique(np.concatenate([self.queries.rank, self.keys.rank])).tolist():
-            (_, q_rows), (_, kv_rows) = self.queries.between(rank, server), self.keys.between(rank, server)
-            if len(q_rows) or len(kv_rows):
-                links.append(TrainerRows(rank, q_rows, kv_rows))
-        mine = self.server == server
-        num_q = int(self.queries.rows[self.queries.server == server].sum())
-        num_kv = int(self.keys.rows[self.keys.server == server].sum())
-        return ServerRoute(server, tuple(links), self.tasks[mine], num_q, num_kv, self.digest)
+        q_rows, kv_rows = self.queries.of_server(server), self.keys.of_server(server)
+        links = tuple(
+            TrainerRows(r, q_rows.get(r, NO_ROWS), kv_rows.get(r, NO_ROWS)) for r in sorted({*q_rows, *kv_rows})
+        )
+        num_q, num_kv = (sum(len(rows) for rows in x.values()) for x in (q_rows, kv_rows))
+        return ServerRoute(server, links, self.tasks[self.server == server], num_q, num_kv, self.digest)
 
     def moved_rows(self) -> tuple[int, int]:
         """How many query rows and key/value rows are attended away from their home rank."""
@@ -120,13 +136,15 @@ def routes_of(plan: Plan) -> Routes:
 
 def _ship(plan: Plan, start: np.ndarray, end: np.ndarray) -> tuple[Shipments, np.ndarray]:
     """Shipments that cover the tasks' row ranges [start, end), and the server row at which each task's range begins."""
-    span_server, span_document, span_start, span_end = _union(plan.server, plan.document, start, end)
+    span, first_task, span_end = _union(plan.server, plan.document, start, end)
+    span_server, span_document, span_start = plan.server[first_task], plan.document[first_task], start[first_task]
     rows = span_end - span_start
     before = np.cumsum(rows) - rows
     servers_before = np.searchsorted(span_server, np.arange(len(plan.pool)))
-    first_of_server = np.append(before, rows.sum())[servers_before]
-    span_row = before - first_of_server[span_server]
+    span_row = before - np.append(before, rows.sum())[servers_before][span_server]
+    base = span_row[span] + start - span_start[span]
 
+<<<<<<< HEAD
     # which span holds each task's range: spans are sorted by (server, document, start), so search one combined key
     stride = int(plan.lengths.max(initial=0)) + 1
     place = lambda s, d, x: (s * len(plan.lengths) + d) * stride + x  # noqa: E731
@@ -138,42 +156,49 @@ def _ship(plan: Plan, start: np.ndarray, end: np.ndarray) -> tuple[Shipments, np
     )
     base = span_row[span] + start - span_start[span] if len(span) else np.zeros(0, np.int64)
 
+=======
+>>>>>>> planner-work
     # each span crosses one or more home segments of its document, which are consecutive when sorted by (document,
     # start)
     s = plan.segments
-    order = np.lexsort((s.start, s.document))
+    order = order_by(s.document, s.start)
+    of_document = np.bincount(s.document, minlength=len(plan.lengths))
+    low = (np.cumsum(of_document) - of_document)[span_document]
+    high = low + of_document[span_document]
+    many = np.flatnonzero(high > low + 1)  # documents on one rank, by far the most, need no search
+    stride = int(plan.lengths.max(initial=0)) + 1
     where = s.document[order] * stride
-    low = np.searchsorted(where + s.end[order], span_document * stride + span_start, side="right")
-    high = np.searchsorted(where + s.start[order], span_document * stride + span_end, side="left")
-    span, segment = np.repeat(np.arange(len(low)), high - low), order[_ranges(low, high - low)]
-    first = np.maximum(span_start[span], s.start[segment])
-    last = np.minimum(span_end[span], s.end[segment])
-    return (
-        Shipments(
-            s.rank[segment],
-            span_server[span],
-            s.row[segment] + first - s.start[segment],
-            span_row[span] + first - span_start[span],
-            last - first,
-        ),
-        base,
+    low[many] = np.searchsorted(where + s.end[order], span_document[many] * stride + span_start[many], side="right")
+    high[many] = np.searchsorted(where + s.start[order], span_document[many] * stride + span_end[many], side="left")
+    crossed, segment = np.repeat(np.arange(len(low)), high - low), order[ranges(low, high - low)]
+    first = np.maximum(span_start[crossed], s.start[segment])
+    last = np.minimum(span_end[crossed], s.end[segment])
+    shipments = Shipments(
+        s.rank[segment],
+        span_server[crossed],
+        s.row[segment] + first - s.start[segment],
+        span_row[crossed] + first - span_start[crossed],
+        last - first,
     )
+    return shipments, base
 
 
-def _union(server, document, start, end) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Ranges that overlap or touch, within one server and document, become one. Sorted by server, document, start."""
-    order = np.lexsort((start, document, server))
+def _union(server, document, start, end) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ranges that overlap or touch, within one server and document, become one span; spans are sorted by server,
+    document, start.
+
+    Each range's span, each span's first range, each span's end."""
+    order = order_by(server, document, start)
     server, document, start, end = server[order], document[order], start[order], end[order]
-    if len(order) == 0:
-        return server, document, start, end
-    group = np.append(True, (server[1:] != server[:-1]) | (document[1:] != document[:-1]))
+    fresh = np.append(True, (server[1:] != server[:-1]) | (document[1:] != document[:-1]))[: len(order)]
     # a running maximum of the ends that starts anew in each group: groups are lifted above one another
-    lift = np.cumsum(group) * (int(end.max()) + 1)
+    lift = np.cumsum(fresh) * (int(end.max(initial=0)) + 1)
     reach = np.maximum.accumulate(end + lift) - lift
-    fresh = group.copy()
     fresh[1:] |= start[1:] > reach[:-1]
+    span = np.empty(len(order), np.int64)
+    span[order] = np.cumsum(fresh) - 1
     first = np.flatnonzero(fresh)
-    return server[first], document[first], start[first], np.maximum.reduceat(end, first)
+    return span, order[first], np.maximum.reduceat(end, first) if len(first) else end
 
 
 def _away(shipments: Shipments, pool: Pool) -> int:
@@ -181,11 +206,11 @@ def _away(shipments: Shipments, pool: Pool) -> int:
     return int(shipments.rows[home[shipments.server] != shipments.rank].sum())
 
 
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[3, 10], [2, 3] -> [3, 4, 10, 11, 12]."""
-    total = int(counts.sum())
-    offset = np.repeat(starts - (np.cumsum(counts) - counts), counts)
-    return offset + np.arange(total)
+def _rows_by(peer: np.ndarray, first: np.ndarray, count: np.ndarray) -> dict[int, np.ndarray]:
+    """The ranges [first, first + count) of each peer as row numbers; peers are sorted."""
+    rows, ends = ranges(first, count), np.cumsum(count)
+    peers, begin = np.unique(peer, return_index=True)
+    return dict(zip(peers.tolist(), np.split(rows, ends[begin[1:] - 1]), strict=True)) if len(peers) else {}
 
 
 def rows_per_server(shipments: Shipments, num_servers: int) -> np.ndarray:

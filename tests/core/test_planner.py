@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distca.greedy import greedy_plan
 from distca.masks import MaskRule
-from distca.plan import PlanInputs, Pool, make_pool
+from distca.plan import PlanInputs, Pool, least_moved, make_pool
 from distca.planner import plan_step
+from distca.recovery import without_servers
 from distca.routes import routes_of
 
 
@@ -112,3 +114,96 @@ def test_balanced_documents_stay_at_home():
 def test_moved_rows_count_only_rows_away_from_home():
     inputs = PlanInputs(np.array([1024, 1024], np.int64), (MaskRule(),), 2, make_pool(2, 1, False), 20_000, 128)
     assert routes_of(plan_step(inputs, MaskRule())).moved_rows() == (2048, 2048)
+
+
+def heavy_tailed(num_ranks, tokens, longest, seed):
+    """Many short documents and a few of up to `longest` tokens, `tokens` for each of the ranks."""
+    rng = np.random.default_rng(seed)
+    drawn = np.concatenate([rng.lognormal(6.5, 1.2, 40 * num_ranks), 4000 * rng.pareto(0.9, 4 * num_ranks)])
+    drawn = np.clip(drawn, 1, longest).astype(np.int64)
+    drawn = rng.permutation(drawn)
+    ends = np.minimum(np.cumsum(drawn), num_ranks * tokens)
+    lengths = np.diff(ends, prepend=0)
+    return np.append(lengths[lengths > 0], num_ranks * tokens - ends[-1])
+
+
+POOLS_OF_64 = {
+    "in place": make_pool(64, 0, True),
+    "quarter dedicated": make_pool(48, 16, True),
+    "half dedicated": make_pool(32, 32, True),
+    "dedicated": make_pool(32, 24, False),
+    "two speeds": Pool((100, 35) * 32, tuple(range(64))),
+    "two speeds, half dedicated": Pool((100, 35) * 32, (*range(32), *[None] * 32)),
+}
+
+
+@pytest.mark.parametrize("longest", [32_768, 131_072, 1_000_000])
+@pytest.mark.parametrize("pool", POOLS_OF_64.values(), ids=POOLS_OF_64)
+def test_every_pool_is_even_to_one_percent(pool, longest):
+    ranks = max([32, *(h + 1 for h in pool.home if h is not None)])
+    for seed in range(2):
+        inputs = PlanInputs(heavy_tailed(ranks, 65_536, longest, seed), (MaskRule(),), ranks, pool, 10_000, 128)
+        plan = plan_step(inputs, MaskRule())
+        plan.check()
+        assert plan.imbalance() <= 1.01
+
+
+@pytest.mark.parametrize("group", [4, 8])
+def test_fewer_bytes_than_the_greedy_planner_and_more_than_the_bound(group):
+    inputs = PlanInputs(
+        heavy_tailed(64, 65_536, 500_000, 0), (MaskRule(),), 64, make_pool(64, 0, True), 10_000, 128, group
+    )
+    ours, greedy = plan_step(inputs, MaskRule()), greedy_plan(inputs, MaskRule())
+    greedy.check_cover()
+    (q, kv), (greedy_q, greedy_kv) = routes_of(ours).moved_rows(), routes_of(greedy).moved_rows()
+    assert least_moved(ours, group) <= group * q + kv <= 0.7 * (group * greedy_q + greedy_kv)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths_lists, pools, st.randoms(use_true_random=False))
+def test_permuting_documents_changes_only_their_names(lengths, pool, random):
+    num_ranks = max([2, *(h + 1 for h in pool.home if h is not None)])
+    inputs = inputs_for(lengths, num_ranks, pool, block=16)
+    order = list(range(len(inputs.lengths)))
+    random.shuffle(order)
+    permuted = PlanInputs(inputs.lengths[order], inputs.rules, num_ranks, pool, inputs.tolerance, inputs.block)
+    tasks = []
+    for x in (inputs, permuted):
+        plan = plan_step(x, MaskRule())
+        b = plan.bands
+        tasks.append(sorted(zip(plan.server, x.lengths[plan.document], b.q0, b.q1, b.k0, b.k1, strict=True)))
+    assert tasks[0] == tasks[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_lists, st.integers(0, 2**20), pools, st.sampled_from([(0,), (7, 0), (1, 300)]))
+def test_a_giant_among_small_documents_and_several_masks_with_one_placement(lengths, giant, pool, windows):
+    num_ranks = max([3, *(h + 1 for h in pool.home if h is not None)])
+    rules = tuple(MaskRule(w) for w in windows)
+    inputs = PlanInputs(padded([*lengths, giant], num_ranks), rules, num_ranks, pool, 10_000, 128)
+    plans = [plan_step(inputs, rule) for rule in rules]
+    for plan in plans:
+        plan.check()
+        for column in ("document", "start", "end", "rank", "row"):
+            assert (getattr(plan.segments, column) == getattr(plans[0].segments, column)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_lists, pools, st.data())
+def test_lost_servers_tasks_move_to_survivors_with_their_cuts(lengths, pool, data):
+    num_ranks = max([2, *(h + 1 for h in pool.home if h is not None)])
+    plan = plan_step(inputs_for(lengths, num_ranks, pool, block=16), MaskRule())
+    lost = data.draw(st.sets(st.integers(0, len(pool) - 1), max_size=len(pool) - 1))
+    repaired = without_servers(plan, lost)
+    repaired.check_cover()
+    moved = np.isin(plan.server, list(lost))
+    assert (repaired.server[~moved] == plan.server[~moved]).all() and not np.isin(repaired.server, list(lost)).any()
+    assert repaired.bands is plan.bands and repaired.document is plan.document
+
+
+def test_survivors_of_many_share_the_load_of_the_lost():
+    inputs = PlanInputs(heavy_tailed(64, 65_536, 131_072, 1), (MaskRule(),), 64, make_pool(64, 0, True), 10_000, 128)
+    plan = plan_step(inputs, MaskRule())
+    for lost in ({5}, {0, 17, 63}):
+        load = without_servers(plan, lost).load()
+        assert load[list(lost)].sum() == 0 and load.max() < 2.1 * plan.load().mean()

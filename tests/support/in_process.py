@@ -2,8 +2,10 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
+from distca.arrays import ranges
 from distca.masks import MaskRule
 from distca.parallel.core_attention import CoreAttention, Exchange
 from distca.parallel.link import LocalLink
@@ -26,15 +28,27 @@ def make_exchanges(num_ranks, pool, backend="reference"):
     return [Exchange(rank, links[rank]) for rank in range(num_ranks)], servers
 
 
+class Sites(list):
+    """Every rank's CoreAttention, and which token (documents laid end to end) each of their rows is."""
+
+    def __init__(self, sites, tokens):
+        super().__init__(sites)
+        self.tokens = tokens
+
+
 def attention_of_ranks(exchanges, inputs: PlanInputs, step=0):
     """Announce a micro-batch and give every rank's CoreAttention."""
-    routes = {rule: routes_of(plan_step(inputs, rule)) for rule in inputs.rules}
+    plans = {rule: plan_step(inputs, rule) for rule in inputs.rules}
+    routes = {rule: routes_of(plan) for rule, plan in plans.items()}
+    s = plans[inputs.rules[0]].segments
+    first = np.cumsum(inputs.lengths) - inputs.lengths
+    tokens = torch.from_numpy(ranges(first[s.document] + s.start, s.end - s.start))
     digest = combined_digest([r.digest for r in routes.values()])
     sites = []
     for exchange in exchanges:
         exchange.announce(step, inputs, digest)
         sites.append(CoreAttention(exchange, step, {rule: r.of_trainer(exchange.rank) for rule, r in routes.items()}))
-    return sites
+    return Sites(sites, tokens)
 
 
 def attend_distributed(sites, q_THD, k_TGD, v_TGD, d_out_THD, rule=CAUSAL, softcap=0.0):
@@ -42,7 +56,7 @@ def attend_distributed(sites, q_THD, k_TGD, v_TGD, d_out_THD, rule=CAUSAL, softc
     num_ranks = len(sites)
 
     def one_rank(rank):
-        q, k, v, d_out = (x.chunk(num_ranks)[rank] for x in (q_THD, k_TGD, v_TGD, d_out_THD))
+        q, k, v, d_out = (x[sites.tokens].chunk(num_ranks)[rank] for x in (q_THD, k_TGD, v_TGD, d_out_THD))
         rows = [x.detach().clone().requires_grad_() for x in (q, k, v)]
         out = sites[rank](*rows, rule, q.shape[-1] ** -0.5, softcap)
         out.backward(d_out)
@@ -50,4 +64,5 @@ def attend_distributed(sites, q_THD, k_TGD, v_TGD, d_out_THD, rule=CAUSAL, softc
 
     with ThreadPoolExecutor(num_ranks) as threads:
         parts = list(threads.map(one_rank, range(num_ranks)))
-    return [torch.cat(part) for part in zip(*parts, strict=True)]
+    wholes = [torch.cat(part) for part in zip(*parts, strict=True)]
+    return [torch.empty_like(x).index_copy_(0, sites.tokens, x) for x in wholes]

@@ -1,0 +1,121 @@
+"""The greedy planner that the paper (arXiv 2510.18121, section 4) describes: the baseline that ours is compared with.
+
+Documents lie on ranks in their order; one that crosses a border gives both ranks an equal part from its head and its
+tail. What a
+rank holds of a document is an *item*. Servers with too little work, the emptiest first, take from those with too much:
+always the
+item that gives most work per byte, whole or in part, until each is short of no more than `tolerance`. An item takes
+its rows with
+all the keys before them. It bounds how much a server falls short, not how much it exceeds; and it does not see who has
+to send.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distca.arrays import order_by, sum_by
+from distca.masks import MaskRule, bands_of, cut
+from distca.placement import Segments
+from distca.plan import MILLION, Plan, PlanInputs, shares
+
+TOLERANCE = 100_000
+"""As published, in millionths."""
+
+
+def greedy_plan(inputs: PlanInputs, rule: MaskRule, tolerance: int = TOLERANCE) -> Plan:
+    """The paper's plan of a micro-batch; servers that live nowhere start without work, ranks without a server lend
+    theirs one."""
+    segments, item, item_rank = _head_and_tail(inputs.lengths, inputs.num_ranks)
+    home = {rank: server for server, rank in enumerate(inputs.pool.home) if rank is not None}
+    server = np.array([home.get(r, r % len(inputs.pool)) for r in item_rank.tolist()], np.int64)
+    item, server = _migrate(item, server, inputs, rule, tolerance)
+
+    # rows [1, 2) of an item are its head, [3, 4) its tail
+    document = np.concatenate([item[:, 0], item[:, 0]])
+    start, end = np.concatenate([item[:, 1], item[:, 3]]), np.concatenate([item[:, 2], item[:, 4]])
+    whole = bands_of(rule, inputs.lengths)[document]
+    bands = cut(whole, start, end, whole.k0, whole.k1)
+    useful = np.flatnonzero(bands.area() > 0)
+    useful = useful[order_by(document[useful], bands.q0[useful])]
+    servers = np.concatenate([server, server])[useful]
+    return Plan(
+        inputs.lengths, rule, segments, inputs.pool, document[useful], bands[useful], servers, tolerance, inputs.block
+    )
+
+
+def even_greedy_plan(inputs: PlanInputs, rule: MaskRule, imbalance: float = 1.02) -> Plan:
+    """The same with a tolerance that shrinks until the worst server is at most `imbalance` times its share."""
+    tolerance = TOLERANCE
+    for _ in range(9):
+        plan = greedy_plan(inputs, rule, tolerance)
+        if plan.imbalance() <= imbalance:
+            break
+        tolerance //= 4
+    return plan
+
+
+def _head_and_tail(lengths: np.ndarray, num_ranks: int) -> tuple[Segments, np.ndarray, np.ndarray]:
+    """Segments, and items (document, head start, head end, tail start, tail end) with their ranks."""
+    tokens = int(lengths.sum()) // num_ranks
+    segments, items, rank, free = [], [], 0, tokens
+    for document, length in enumerate(lengths.tolist()):
+        head, tail = 0, length
+        while head < tail:
+            rows = min(free, tail - head)
+            front = rows // 2
+            item = (document, head, head + front, tail - (rows - front), tail)
+            if rows == tail - head:
+                segments.append((document, head, tail, rank, tokens - free))
+            else:
+                if front:
+                    segments.append((document, *item[1:3], rank, tokens - free))
+                segments.append((document, *item[3:5], rank, tokens - free + front))
+            items.append((*item, rank))
+            head, tail, free = item[2], item[3], free - rows
+            if not free:
+                rank, free = rank + 1, tokens
+    columns = np.array(segments, np.int64).reshape(-1, 5).T
+    items = np.array(items, np.int64).reshape(-1, 6)
+    return Segments(*columns), items[:, :5], items[:, 5]
+
+
+def _migrate(item: np.ndarray, server: np.ndarray, inputs: PlanInputs, rule: MaskRule, tolerance: int):
+    """Items after the greedy's moves, with their servers."""
+    documents = bands_of(rule, inputs.lengths)
+
+    def pairs_of(items: np.ndarray) -> np.ndarray:
+        whole = documents[items[:, 0]]
+        head, tail = (cut(whole, items[:, i], items[:, i + 1], whole.k0, whole.k1).area() for i in (1, 3))
+        return head + tail
+
+    pairs = pairs_of(item)
+    share = shares(int(pairs.sum()), inputs.pool)
+    surplus = sum_by(server, pairs, len(inputs.pool)) - share
+    for taker in np.argsort(surplus, kind="stable").tolist():
+        while -surplus[taker] * MILLION > tolerance * share[taker]:
+            from_ = np.flatnonzero((surplus[server] > 0) & (pairs > 0))
+            if len(from_) == 0:
+                break
+            given = np.minimum(np.minimum(pairs[from_], surplus[server[from_]]), -surplus[taker])
+            length = inputs.lengths[item[from_, 0]]
+            # a row and its mirror image see `length` keys together; the paper counts all the document's keys as sent
+            moved = inputs.group * 2 * given / (length + 1) + length
+            best = int(np.argmax(given / moved))
+            chosen, amount = from_[best], int(given[best])
+            donor = server[chosen]
+            if amount < pairs[chosen]:
+                document, a, b, c, d = item[chosen].tolist()
+                rows = min(amount // int(inputs.lengths[document]), b - a, d - c)
+                if rows == 0:
+                    break
+                inner = np.array([[document, b - rows, b, c, c + rows]], np.int64)
+                item[chosen] = (document, a, b - rows, c + rows, d)
+                amount = int(pairs_of(inner)[0])
+                pairs[chosen] -= amount
+                item, server, pairs = np.concatenate([item, inner]), np.append(server, taker), np.append(pairs, amount)
+            else:
+                server[chosen] = taker
+            surplus[donor] -= amount
+            surplus[taker] += amount
+    return item, server

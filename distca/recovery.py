@@ -1,0 +1,43 @@
+"""Who takes over when attention servers are lost in the middle of a step?
+
+Only the lost servers' tasks move, with the cuts they have, so every result stays the same to the bit: tasks are
+deterministic and
+partial results merge in the plan's order, not in the servers'. The next step gets a fresh plan without the lost
+servers.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection
+from dataclasses import replace
+
+import numpy as np
+
+from distca.arrays import sum_by
+from distca.plan import Plan
+
+UNIT = 1024  # loads are compared per capacity, as integers
+
+
+def without_servers(plan: Plan, lost: Collection[int]) -> Plan:
+    """The same tasks; those of `lost` servers, most work first, go to the survivor that is done first."""
+    survivors = [s for s in range(len(plan.pool)) if s not in lost]
+    assert survivors, f"all {len(plan.pool)} servers are lost"
+    area = plan.bands.area()
+    is_lost = np.zeros(len(plan.pool), bool)
+    is_lost[list(lost)] = True
+    moving = np.flatnonzero(is_lost[plan.server])
+    moving = moving[np.argsort(-area[moving], kind="stable")]
+    server = plan.server.copy()
+    if len(survivors) == 1:
+        server[moving] = survivors[0]
+        return replace(plan, server=server)
+    load, capacity = sum_by(plan.server, area, len(plan.pool)).tolist(), plan.pool.capacity
+    heap = [(UNIT * load[s] // capacity[s], s) for s in survivors]
+    heapq.heapify(heap)
+    for task, pairs in zip(moving.tolist(), area[moving].tolist(), strict=True):
+        done, survivor = heap[0]
+        server[task] = survivor
+        heapq.heapreplace(heap, (done + UNIT * pairs // capacity[survivor], survivor))
+    return replace(plan, server=server)

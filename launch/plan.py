@@ -1,0 +1,204 @@
+"""`distca plan`: what would the planner do with these documents? A table, a picture, a file that other tools can
+score."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from distca.arrays import sum_by
+from distca.errors import SettingsError
+from distca.greedy import even_greedy_plan, greedy_plan
+from distca.masks import MaskRule
+from distca.plan import MILLION, Plan, PlanInputs, Pool, imbalance, least_moved, make_pool
+from distca.planner import plan_step
+from distca.routes import routes_of
+
+SHAPES = {
+    "heavy-tail": "log-normal with a Pareto tail: web text, a few documents fill the context",
+    "long-half": "half of the tokens in documents that fill the context",
+    "uniform": "every length up to the context equally likely",
+    "short": "log-normal around 1000 tokens: nothing to gain",
+    "full": "every document fills the context",
+}
+PLANNERS = {"tiles": plan_step, "greedy": greedy_plan, "greedy-even": even_greedy_plan}
+
+
+def draw_lengths(shape: str, context: int, tokens: int, seed: int) -> np.ndarray:
+    """Lengths of a named shape that sum to `tokens`; none exceeds `context`."""
+    if shape not in SHAPES:
+        raise SettingsError(
+            f"no shape '{shape}'; there are: " + "; ".join(f"{name} ({what})" for name, what in SHAPES.items())
+        )
+    rng, drawn, total = np.random.default_rng(seed), [], 0
+    while total < tokens:
+        body = np.exp(rng.normal(np.log(1000), 1.2, 4096))
+        if shape == "heavy-tail":
+            body = np.concatenate([body, 8000 * (1 + rng.pareto(0.9, 64))])
+        elif shape == "long-half":
+            body = np.concatenate([body, np.full(max(1, int(body.sum()) // context), context)])
+        elif shape == "uniform":
+            body = rng.uniform(1, context, 512)
+        elif shape == "full":
+            body = np.full(64, context)
+        drawn.append(rng.permutation(np.clip(body, 1, context).astype(np.int64)))
+        total += int(drawn[-1].sum())
+    ends = np.minimum(np.cumsum(np.concatenate(drawn)), tokens)
+    lengths = np.diff(ends, prepend=0)
+    return lengths[lengths > 0]
+
+
+def read_lengths(path: Path, trainers: int) -> np.ndarray:
+    """Lengths from a .json list or .npy column; the last document is shortened so that trainers can hold equal rows."""
+    try:
+        lengths = np.load(path) if path.suffix == ".npy" else np.array(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"cannot read lengths from {path}: {error}. Give a .json list or a .npy column of integers."
+        ) from error
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 0).any() or lengths.sum() < trainers:
+        raise SettingsError(
+            f"{path}: expected a list of lengths that sum to at least one token for each of {trainers} trainers"
+        )
+    ends = np.minimum(np.cumsum(lengths.astype(np.int64)), int(lengths.sum()) // trainers * trainers)
+    return np.diff(ends, prepend=0)
+
+
+def parse_pool(text: str, trainers: int) -> Pool:
+    """in-place, dedicated:N or mixed:N."""
+    kind, _, count = text.partition(":")
+    if text == "in-place":
+        return make_pool(trainers, 0, True)
+    if kind in ("dedicated", "mixed") and count.isdigit() and int(count) > 0:
+        return make_pool(trainers, int(count), kind == "mixed")
+    raise SettingsError(f"pool '{text}': say in-place, dedicated:N or mixed:N with N attention servers")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanScore:
+    """A plan in figures. Bytes are in key/value rows; a query row and its answer count as `group` of them."""
+
+    name: str
+    load: tuple[float, float, float]
+    """Least, mean and most work of a server, as a part of its fair share."""
+    moved: int
+    worst_rank: float
+    """Most that one rank or server sends or receives one way: half of `group` for a query row, 1 for a key/value
+    row."""
+    plan_ms: float
+
+
+def score(name: str, plan: Plan, group: int, plan_ms: float) -> PlanScore:
+    routes = routes_of(plan)
+    home = np.array([-1 if rank is None else rank for rank in plan.pool.home], np.int64)
+    received, sent = np.zeros(len(plan.pool)), np.zeros(int(plan.segments.rank.max(initial=0)) + 1)
+    for shipments, weight in ((routes.queries, group / 2), (routes.keys, 1)):
+        away = home[shipments.server] != shipments.rank
+        received += weight * sum_by(shipments.server[away], shipments.rows[away], len(received))
+        sent += weight * sum_by(shipments.rank[away], shipments.rows[away], len(sent))
+    q_rows, kv_rows = routes.moved_rows()
+    worst = float(max(received.max(), sent.max()))
+    return PlanScore(name, _spread(plan.load(), plan.pool.capacity), group * q_rows + kv_rows, worst, plan_ms)
+
+
+def _spread(load, capacity) -> tuple[float, float, float]:
+    relative = np.asarray(load, float) / np.asarray(capacity, float) * (sum(capacity) / max(1, float(np.sum(load))))
+    return float(relative.min()), float(relative.mean()), float(relative.max())
+
+
+@dataclass(frozen=True, slots=True)
+class PlanStudy:
+    """One batch of documents planned by the chosen planner and by those it is compared with."""
+
+    inputs: PlanInputs
+    plan: Plan
+    scores: list[PlanScore]
+    load_at_home: np.ndarray  # (ranks,) int64
+    least_moved: int
+
+    def table(self) -> Table:
+        i, tokens = self.inputs, max(1, int(self.inputs.lengths.sum()) // self.inputs.num_ranks)
+        title = f"{len(i.lengths)} documents, {i.num_ranks} trainers with {tokens:,} tokens each, {len(i.pool)} servers, group {i.group}"
+        table = Table(
+            title=title, caption="bytes in key/value rows per token; worst rank: per token of one rank, one way"
+        )
+        for heading in ("", "least load", "mean", "most", "bytes", "worst rank", "plan ms"):
+            table.add_column(heading, justify="left" if not heading else "right")
+        for s in self.scores:
+            figures = [
+                *(f"{x:.3f}" for x in s.load),
+                f"{s.moved / tokens / i.num_ranks:.3f}",
+                f"{s.worst_rank / tokens:.2f}",
+            ]
+            table.add_row(s.name, *figures, f"{s.plan_ms:.1f}")
+        at_home = _spread(self.load_at_home, [1] * i.num_ranks)
+        table.add_row("all at home", *(f"{x:.3f}" for x in at_home), "0", "0", "")
+        table.add_row("lower bound", "", "", "1.000", f"{self.least_moved / tokens / i.num_ranks:.3f}", "", "")
+        return table
+
+    def plot(self, path: Path) -> None:
+        """Load per server before and after, as a part of a fair share."""
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        axes = figure.subplots()
+        total = self.load_at_home.sum() / max(1, len(self.load_at_home))
+        axes.step(
+            range(len(self.load_at_home)),
+            self.load_at_home / max(1.0, total),
+            where="mid",
+            label="all at home",
+            color="0.6",
+        )
+        capacity = np.array(self.inputs.pool.capacity, float)
+        share = capacity / capacity.sum() * max(1, int(self.plan.load().sum()))
+        label = f"planned, worst {imbalance(self.plan.load(), capacity):.3f}"
+        axes.step(range(len(capacity)), self.plan.load() / share, where="mid", label=label)
+        axes.set(xlabel="rank or server", ylabel="load / fair share", ylim=(0, None))
+        axes.legend()
+        figure.savefig(path, dpi=120)
+
+    def write_json(self, path: Path) -> None:
+        """lengths, trainers, servers, in_place, capacity, home [document, start, end, rank], tasks [document, q0, q1,
+        k0, k1, server]."""
+        s, b, pool = self.plan.segments, self.plan.bands, self.plan.pool
+        in_place = sum(rank is not None for rank in pool.home)
+        out = {
+            "lengths": self.inputs.lengths.tolist(),
+            "trainers": self.inputs.num_ranks,
+            "servers": len(pool),
+            "in_place": in_place,
+            "capacity": list(pool.capacity),
+            "home": np.stack([s.document, s.start, s.end, s.rank], 1).tolist(),
+            "tasks": np.stack([self.plan.document, b.q0, b.q1, b.k0, b.k1, self.plan.server], 1).tolist(),
+        }
+        path.write_text(json.dumps(out))
+
+
+def study(
+    lengths: np.ndarray,
+    trainers: int,
+    pool: Pool,
+    group: int,
+    planner: str = "tiles",
+    tolerance: float = 0.01,
+    block: int = 128,
+) -> PlanStudy:
+    """Plan `lengths` with the chosen planner, and with the others for comparison; the mask is causal."""
+    if planner not in PLANNERS:
+        raise SettingsError(f"no planner '{planner}'; there are: {', '.join(PLANNERS)}")
+    rule = MaskRule()
+    inputs = PlanInputs(lengths, (rule,), trainers, pool, round(tolerance * MILLION), block, group)
+    plans, scores = {}, []
+    for name in dict.fromkeys([planner, *PLANNERS]):
+        start = time.perf_counter()
+        plans[name] = PLANNERS[name](inputs, rule)
+        plan_ms = 1e3 * (time.perf_counter() - start)
+        plans[name].check_cover()
+        scores.append(score(name, plans[name], group, plan_ms))
+    plan = plans[planner]
+    return PlanStudy(inputs, plan, scores, plan.load_at_home(), least_moved(plan, group))
