@@ -87,7 +87,8 @@ def place(
 
 
 def num_stripes(work: int, share: int) -> int:
-    """(work / share) to the power 7/8, rounded: fewer stripes save bytes, more of them spread what each of their ranks sends."""
+    """(work / share) to the power 7/8, rounded: fewer stripes save bytes, more of them spread what each of their ranks
+    sends."""
     return max(1, (isqrt(isqrt(isqrt(256 * work**7 // share**7))) + 1) // 2)
 
 
@@ -149,7 +150,8 @@ def _lay_stripes(documents, lengths, work, mean, ranks, block) -> list[tuple[int
 
 
 def _lay_pairs(documents, lengths, work, mean, ranks, filler, block) -> list[tuple[int, int, int, int]]:
-    """(document, start, end, rank) of head and tail pairs, from both ends inwards, as large as each rank has room for."""
+    """(document, start, end, rank) of head and tail pairs, from both ends inwards, as large as each rank has room
+    for."""
     table = []
     density = _filler_density(filler, int(lengths[documents].sum()), int(work[documents].sum()), ranks)
     waiting = sorted(range(len(ranks.room)), key=lambda r: (ranks.room[r], -r))  # popped from its end: most room first

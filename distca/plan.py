@@ -1,16 +1,10 @@
 """Which attention server computes which CA-task: the result that every rank agrees on.
 
 A `Plan` is made from `PlanInputs` alone (integers: lengths, capacities, mask), by every rank for itself. Ranks compare
-<<<<<<< HEAD
 the 8-byte digest, never the plan. `Plan.check()` states what every plan guarantees:
-=======
-the
-8-byte digest, never the plan. `Plan.check()` states what every plan guarantees:
->>>>>>> planner-work
   - each allowed (query, key) pair is in exactly one task, and each task has one server of the pool;
   - tasks are cut at multiples of `block` rows and keys counted from the document's start, or at a border between ranks;
-  - no server's load exceeds its fair share by more than the tolerance and what one cut decides: `block` rows and keys
-  of its tasks;
+  - no server's load exceeds its fair share by more than the tolerance plus one tile of block x block pairs;
   - every rank holds the same number of rows.
 """
 
@@ -47,13 +41,8 @@ class Pool:
 
 
 def make_pool(trainers: int, servers: int, trainers_serve: bool, trainer_capacity: int = 100) -> Pool:
-<<<<<<< HEAD
-    """In place (no dedicated servers), dedicated (trainers do not serve) or mixed; serving trainers come first, in rank
-    order."""
-=======
     """In place (no dedicated servers), dedicated (trainers do not serve) or mixed; serving trainers come first, in
     rank order."""
->>>>>>> planner-work
     serving = trainers if trainers_serve else 0
     return Pool((trainer_capacity,) * serving + (100,) * servers, tuple(range(serving)) + (None,) * servers)
 
@@ -129,16 +118,10 @@ class Plan:
         self.check_cover()
         assert ((self.server >= 0) & (self.server < len(self.pool))).all(), "a task without a server"
         load, limit = self.load(), limits(int(self.bands.area().sum()), self.pool, self.tolerance)
-        over = np.flatnonzero(load > limit + self._grain())
+        over = np.flatnonzero(load > limit + self.block**2)
         assert len(over) == 0, f"server {over[0]} has {load[over[0]]} pairs, its limit is {limit[over[0]]}"
         held = sum_by(self.segments.rank, self.segments.end - self.segments.start, int(self.segments.rank.max()) + 1)
         assert (held == held[0]).all(), f"ranks hold {held.tolist()} rows"
-
-    def _grain(self) -> np.ndarray:
-        """(servers,) int64: pairs in `block` rows and `block` keys of each server's longest task, as far as its cuts may be off."""
-        sides = np.zeros(len(self.pool), np.int64)
-        np.maximum.at(sides, self.server, self.bands.q1 - self.bands.q0 + self.bands.k1 - self.bands.k0)
-        return sides * self.block
 
     def check_cover(self) -> None:
         """Raise AssertionError unless each allowed pair is in exactly one task and each row in one segment."""
@@ -177,7 +160,8 @@ def _digest(columns: list[np.ndarray]) -> int:
 
 def limits(total: int, pool: Pool, tolerance: int) -> np.ndarray:
     """(servers,) int64: the most pairs each server may get, (1 + tolerance) times its share of `total`."""
-    return np.array([s + s * tolerance // MILLION for s in shares(total, pool).tolist()], np.int64)
+    share = shares(total, pool)
+    return share + share * tolerance // MILLION
 
 
 def shares(total: int, pool: Pool) -> np.ndarray:

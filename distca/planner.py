@@ -29,8 +29,8 @@ rows need beyond its limit. It is cut off the documents with most work per row, 
   4. `_tiles`     cut: every overlap on that line becomes rows of a region, split among its portions by exact area
 
 Cuts are searched on the mask's exact area, so any band mask is planned the same way; they lie on multiples of `block`.
-What a cut is off by stays at home. `plan_step` leaves a quarter of the tolerance for that; servers that still exceed
-their limit are promised less, and stages 1 to 4 run again.
+What a cut is off by stays at home: a quarter of the tolerance is left for that, and where it is not enough
+(`block` rows of a long document on a small pool) `leveling.level` takes the rest out.
 """
 
 from __future__ import annotations
@@ -44,20 +44,19 @@ from math import isqrt
 import numpy as np
 
 from distca.arrays import order_by, sum_by
+from distca.leveling import level
 from distca.masks import Bands, MaskRule, bands_of, crop, cut
 from distca.placement import place
-from distca.plan import Plan, PlanInputs, Pool, limits, shares
+from distca.plan import MILLION, Plan, PlanInputs, Pool, limits, shares
 
 NOBODY = -1  # inside this file: no server
-SLACK = (3, 3, 3, 2, 2, 1, 0)  # quarters of the tolerance that are planned for, in the order in which they are tried
 
 
 def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
     """Plan one micro-batch under one of its mask rules. Every rule of the same inputs gets the same placement."""
     pool, total_rows = inputs.pool, int(inputs.lengths.sum())
-    by_length = order_by(
-        int(inputs.lengths.max(initial=0)) - inputs.lengths
-    )  # from here on documents have no other names
+    # from here on documents go by their place in this order: their numbers decide nothing
+    by_length = order_by(int(inputs.lengths.max(initial=0)) - inputs.lengths)
     lengths = inputs.lengths[by_length]
     documents = bands_of(rule, lengths)
     work = sum(bands_of(r, lengths).area() for r in inputs.rules)
@@ -78,28 +77,18 @@ def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
     server = _adopt(server, area, shares(total, pool))
     load = sum_by(server, area, len(pool))
 
-    allowed, too_much, best = limits(total, pool, inputs.tolerance), np.zeros(len(pool), np.int64), None
-    for quarters in SLACK:
-        limit = limits(total, pool, inputs.tolerance * quarters // 4)
-        limit -= too_much if (limit - too_much).sum() >= total else 0
-        moved = _share_out(homes.document, pieces, area, server, load, limit, inputs)
-        now = (
-            load
-            - sum_by(server[moved.given], area[moved.given], len(pool))
-            + sum_by(moved.server, moved.tiles.area(), len(pool))
-        )
-        excess = int((now - allowed).max())
-        if best is None or excess < best[0]:
-            best = (excess, moved)
-        if excess <= 0:
-            break
-        too_much += np.where(now > allowed, now - limit, 0)
-    moved = best[1]
-
+    limit = limits(total, pool, inputs.tolerance * 3 // 4)
+    moved = _share_out(homes.document, pieces, area, server, load, limit, inputs)
     stays = area > 0
     stays[moved.given] = False
     document = by_length[np.concatenate([homes.document[stays], homes.document[moved.piece]])]
     bands, server = _join(pieces[stays], moved.tiles), np.concatenate([server[stays], moved.server])
+    allowed = limits(total, pool, inputs.tolerance)
+    if (sum_by(server, bands.area(), len(pool)) > allowed).any():
+        share = shares(total, pool)
+        largest_tile = int(share.min()) * inputs.tolerance // MILLION // 2
+        task, bands, server = level(bands, server, share, allowed, inputs.block, largest_tile)
+        document = document[task]
     order = order_by(document, bands.q0, bands.k0)
     return Plan(
         inputs.lengths,
@@ -115,7 +104,8 @@ def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
 
 
 def _rank_shares(inputs: PlanInputs, total: int) -> np.ndarray:
-    """(ranks,) pairs that each rank should hold: in proportion to the server that lives there, all alike if none does."""
+    """(ranks,) pairs that each rank should hold: in proportion to the server that lives there, all alike if none
+    does."""
     weight = [0] * inputs.num_ranks
     for capacity, rank in zip(inputs.pool.capacity, inputs.pool.home, strict=True):
         if rank is not None:
@@ -348,7 +338,8 @@ def _at_least_a_block(bottom, item, inside: Bands, block: int) -> np.ndarray:
 
 
 def _share(part, amount, whole) -> np.ndarray:
-    """amount * part // whole for part <= whole, where the product may not fit 64 bits: then to 31 bits of part / whole."""
+    """amount * part // whole for part <= whole, where the product may not fit 64 bits: then to 31 bits of part /
+    whole."""
     shift = max(0, int(whole.max(initial=1)).bit_length() + int(amount.max(initial=1)).bit_length() - 62)
     half = shift // 2
     return np.minimum(

@@ -1,9 +1,7 @@
 """Who takes over when attention servers are lost in the middle of a step?
 
-Only the lost servers' tasks move, with the cuts they have, so every result stays the same to the bit: tasks are
-deterministic and
-partial results merge in the plan's order, not in the servers'. The next step gets a fresh plan without the lost
-servers.
+Only the lost servers' tasks move, and they keep their cuts: no other server's work changes. The next step gets a fresh
+plan without the lost servers. Runs do not use this yet: a lost server stops the run.
 """
 
 from __future__ import annotations

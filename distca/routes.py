@@ -5,14 +5,9 @@ A server's rows lie packed, sorted by document and position, so that the rows an
     home rank 0  | doc 0 | doc 1 ...|        server 2  queries | doc 1 rows 128.. | doc 4 rows 0.. |
     home rank 1  | ... doc 1 | doc 4 |                 keys    | doc 1 keys 0..        | doc 4 keys 0.. |
 
-<<<<<<< HEAD
-A `Shipment` is a run of rows with one home rank and one server; both ends derive their row numbers from the same table.
-A row goes to a server once, however many of the server's tasks read it.
-=======
 A `Shipment` is a run of rows with one home rank and one server; both ends derive their row numbers from the same
 table. A row goes
 to a server once, however many of the server's tasks read it.
->>>>>>> planner-work
 """
 
 from __future__ import annotations
@@ -144,20 +139,6 @@ def _ship(plan: Plan, start: np.ndarray, end: np.ndarray) -> tuple[Shipments, np
     span_row = before - np.append(before, rows.sum())[servers_before][span_server]
     base = span_row[span] + start - span_start[span]
 
-<<<<<<< HEAD
-    # which span holds each task's range: spans are sorted by (server, document, start), so search one combined key
-    stride = int(plan.lengths.max(initial=0)) + 1
-    place = lambda s, d, x: (s * len(plan.lengths) + d) * stride + x  # noqa: E731
-    span = (
-        np.searchsorted(
-            place(span_server, span_document, span_start), place(plan.server, plan.document, start), side="right"
-        )
-        - 1
-    )
-    base = span_row[span] + start - span_start[span] if len(span) else np.zeros(0, np.int64)
-
-=======
->>>>>>> planner-work
     # each span crosses one or more home segments of its document, which are consecutive when sorted by (document,
     # start)
     s = plan.segments

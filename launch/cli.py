@@ -6,7 +6,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -91,6 +91,54 @@ class Verify:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Plan document lengths without running anything: balance, bytes and time beside the paper's greedy and a lower
+    bound."""
+
+    lengths: Path | None = None
+    """Document lengths (tokens), a .json list or .npy column. Default: draw them from `shape`."""
+    shape: str = "heavy-tail"
+    """Named synthetic lengths: heavy-tail, long-half, uniform, short or full."""
+    context: int = 131072
+    """Longest drawn document, in tokens."""
+    trainers: int = 64
+    """Ranks that hold tokens."""
+    tokens_per_trainer: int = 131072
+    """Tokens on each rank."""
+    pool: str = "in-place"
+    """in-place, dedicated:N or mixed:N, with N dedicated attention servers."""
+    group: int = 4
+    """Query heads per key/value head: what moving a query row costs, in key/value rows."""
+    planner: Literal["tiles", "greedy", "greedy-even"] = "tiles"
+    """Whose plan to draw and write; the table shows all."""
+    tolerance: float = 0.01
+    """How far a server may exceed its fair share."""
+    seed: int = 0
+    """Of drawn lengths."""
+    plot: Path | None = None
+    """Write a picture of the load per server before and after (PNG)."""
+    json: Path | None = None
+    """Write the plan: lengths, home segments, tasks with their servers."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        from distca.launch.plan import draw_lengths, parse_pool, read_lengths, study
+
+        _refuse_overrides("plan", overrides)
+        if self.lengths:
+            lengths = read_lengths(self.lengths, self.trainers)
+        else:
+            lengths = draw_lengths(self.shape, self.context, self.trainers * self.tokens_per_trainer, self.seed)
+        pool = parse_pool(self.pool, self.trainers)
+        result = study(lengths, self.trainers, pool, self.group, self.planner, self.tolerance)
+        console.print(result.table())
+        if self.plot:
+            result.plot(self.plot)
+        if self.json:
+            result.write_json(self.json)
+        return EXIT_OK
+
+
+@dataclass(frozen=True)
 class Export:
     """Write a checkpoint as a Hugging Face model folder that AutoModelForCausalLM.from_pretrained loads."""
 
@@ -132,7 +180,7 @@ class ConsoleHandler(logging.Handler):
         self._console.print(self.format(record), style=style, highlight=False, markup=False)
 
 
-Command = Train | Resume | Verify | Export | Annotated[ListSettings, tyro.conf.subcommand("settings")]
+Command = Train | Resume | Verify | Plan | Export | Annotated[ListSettings, tyro.conf.subcommand("settings")]
 
 
 def main() -> None:

@@ -124,7 +124,8 @@ class PlanStudy:
 
     def table(self) -> Table:
         i, tokens = self.inputs, max(1, int(self.inputs.lengths.sum()) // self.inputs.num_ranks)
-        title = f"{len(i.lengths)} documents, {i.num_ranks} trainers with {tokens:,} tokens each, {len(i.pool)} servers, group {i.group}"
+        title = f"{len(i.lengths)} documents, {i.num_ranks} trainers with {tokens:,} tokens each, "
+        title += f"{len(i.pool)} servers, {i.group} query heads per key/value head"
         table = Table(
             title=title, caption="bytes in key/value rows per token; worst rank: per token of one rank, one way"
         )

@@ -223,9 +223,8 @@ class Trainer:
 
     def _plan(self, number: int, pieces: Pieces) -> MicroBatch:
         planner, trainers = self._settings.planner, self._settings.parallel.trainers
-        inputs = PlanInputs(
-            pieces.lengths, self._rules, trainers, self._pool, round(planner.tolerance * MILLION), planner.block
-        )
+        tolerance, group = round(planner.tolerance * MILLION), max(c.query_heads // c.kv_heads for c in self._calls)
+        inputs = PlanInputs(pieces.lengths, self._rules, trainers, self._pool, tolerance, planner.block, group)
         plans = {rule: plan_step(inputs, rule) for rule in self._rules}
         routes = {rule: routes_of(plan) for rule, plan in plans.items()}
         mine = next(iter(plans.values())).segments.of_rank(self._rank)

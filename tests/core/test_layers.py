@@ -30,7 +30,7 @@ PLACES = {
     "datasets": ["launch/prepare.py"],
     "ray": ["launch/cluster.py"],
     "grpc": ["launch/cluster.py"],
-    "matplotlib": ["launch/monitor.py"],
+    "matplotlib": ["launch/monitor.py", "launch/plan.py"],
     "pydantic": ["distca/config.py"],
     "yaml": ["distca/config.py"],
     "tyro": ["launch/cli.py"],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from dense import dense_attention
-from in_process import attend_distributed, attention_of_ranks, make_exchanges
+from in_process import Sites, attend_distributed, attention_of_ranks, make_exchanges
 from torch.utils.checkpoint import checkpoint
 
 from distca.masks import MaskRule
@@ -30,7 +30,7 @@ def announce(exchange, step):
 def attend(site):
     """One rank's forward and backward of a micro-batch in which no rank needs another."""
     q, k, v, d_out = rows(site.step)
-    out, *_ = attend_distributed([site], q, k, v, d_out)
+    out, *_ = attend_distributed(Sites([site], torch.arange(40)), q, k, v, d_out)
     torch.testing.assert_close(out, dense_attention(q, k, v, [40]))
 
 
