@@ -23,6 +23,7 @@ FAMILIES = {
     "phi3": dict(model_type="phi3", pad_token_id=0),
     "olmo2": dict(model_type="olmo2"),
 }
+ALSO_FP32 = ("llama, 7 heads", "qwen3", "mistral, window", "gemma3, window")
 
 
 def verify(tmp_path, lengths, model=None, **sections):
@@ -56,8 +57,9 @@ def test_one_document_that_spans_all_trainers(tmp_path, trainers_serve, precisio
     assert_passed(verify(tmp_path, [1500], parallel=parallel, train=dict(precision=precision)))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "precision"), [(f, "fp64") for f in FAMILIES] + [(f, "fp32") for f in FAMILIES if f in ALSO_FP32]
+)
 def test_every_family(tmp_path, family, precision):
     parallel = dict(trainers=2, servers=1, trainers_serve=True)
     assert_passed(verify(tmp_path, AWKWARD, FAMILIES[family], parallel=parallel, train=dict(precision=precision)))
@@ -70,8 +72,7 @@ def test_gemma2_with_soft_caps_through_the_reference_back_end(tmp_path, precisio
     assert_passed(verify(tmp_path, AWKWARD, model, train=dict(precision=precision), **sections))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("zero_stage", "accumulation"), [(0, 1), (0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])
 def test_every_zero_stage(tmp_path, zero_stage, accumulation):
     parallel = dict(trainers=2, servers=1, trainers_serve=False, zero_stage=zero_stage)
     assert_passed(verify(tmp_path, AWKWARD, parallel=parallel, train=dict(accumulation=accumulation)))

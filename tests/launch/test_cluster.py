@@ -401,6 +401,7 @@ class Worker:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs in the background is born deaf to Ctrl-C
     ending, folder = sys.argv[1:]
     num_workers = 2 if ending == "SIGKILL" else 1
     with start_ray(folder, num_workers=num_workers) as cluster:
