@@ -28,3 +28,10 @@ def order_by(*columns: np.ndarray) -> np.ndarray:
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """[3, 10], [2, 3] -> [3, 4, 10, 11, 12]."""
     return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
+
+
+def spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[2, 0, 3] -> ([0, 0, 2, 2, 2], [0, 1, 0, 1, 2]): which entry each repeat belongs to, and its number within it."""
+    index = np.repeat(np.arange(len(counts)), counts)
+    starts = np.cumsum(counts) - counts
+    return index, np.arange(len(index)) - starts[index]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distca.arrays import sum_by
+from distca.arrays import spread, sum_by
 from distca.masks import Bands, crop, cut
 
 HOMELESS = -1  # inside this file: no server yet
@@ -60,12 +60,12 @@ def _keep_at_home(
 def _tile(bands: Bands, block: int, largest: int) -> tuple[np.ndarray, Bands]:
     """Cut bands into row blocks, and row blocks of more than `largest` pairs across the keys, all at multiples of
     `block`."""
-    index, first = _spread((bands.q1 - 1) // block - bands.q0 // block + 1)
+    index, first = spread((bands.q1 - 1) // block - bands.q0 // block + 1)
     start = (bands.q0 // block)[index] * block + first * block
     rows = cut(bands[index], start, start + block, bands.k0[index], bands.k1[index])
     low, width = rows.k0 // block * block, largest // block // block * block
     step = np.where(rows.area() > largest, width, np.maximum(rows.k1 - low, 1))
-    part_of, part = _spread(np.where(rows.area() > 0, -(-(rows.k1 - low) // step), 0))
+    part_of, part = spread(np.where(rows.area() > 0, -(-(rows.k1 - low) // step), 0))
     low = low[part_of] + part * step[part_of]
     tiles = crop(rows[part_of], rows.q0[part_of], rows.q1[part_of], low, low + step[part_of])
     useful = tiles.area() > 0
@@ -110,13 +110,6 @@ def _join(piece: np.ndarray, tiles: Bands, server: np.ndarray) -> tuple[np.ndarr
         rows.hi[first],
     )
     return piece[first], joined, server[first]
-
-
-def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[2, 0, 3] -> ([0, 0, 2, 2, 2], [0, 1, 0, 1, 2]): which entry each repeat belongs to, and its number within it."""
-    index = np.repeat(np.arange(len(counts)), counts)
-    starts = np.cumsum(counts) - counts
-    return index, np.arange(len(index)) - starts[index]
 
 
 def _changes(*columns: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ from math import isqrt
 
 import numpy as np
 
-from distca.arrays import order_by, sum_by
+from distca.arrays import order_by, spread, sum_by
 from distca.leveling import level
 from distca.masks import Bands, MaskRule, bands_of, crop, cut
 from distca.placement import place
@@ -286,7 +286,7 @@ def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, block:
     # keys of each tile: the band's portions side by side
     first = np.searchsorted(line.portion_band, band)
     count = np.searchsorted(line.portion_band, band, side="right") - first
-    part, number = np.repeat(np.arange(len(parts)), count), _counted(count)
+    part, number = spread(count)
     portion = first[part] + number
     goal = np.where(all_given[item], parts.area(), np.minimum(end - start, parts.area()))[part]
     wide = parts[part]
@@ -345,11 +345,6 @@ def _share(part, amount, whole) -> np.ndarray:
     return np.minimum(
         ((part >> (shift - half)) * (amount >> half) // np.maximum(whole >> (shift - half), 1)) << half, amount
     )
-
-
-def _counted(counts: np.ndarray) -> np.ndarray:
-    """[2, 0, 3] -> [0, 1, 0, 1, 2]."""
-    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _join(*bands: Bands) -> Bands:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distca.arrays import order_by, ranges, sum_by
+from distca.arrays import order_by, ranges
 from distca.masks import Bands
 from distca.plan import Plan, Pool
 
@@ -192,8 +192,3 @@ def _rows_by(peer: np.ndarray, first: np.ndarray, count: np.ndarray) -> dict[int
     rows, ends = ranges(first, count), np.cumsum(count)
     peers, begin = np.unique(peer, return_index=True)
     return dict(zip(peers.tolist(), np.split(rows, ends[begin[1:] - 1]), strict=True)) if len(peers) else {}
-
-
-def rows_per_server(shipments: Shipments, num_servers: int) -> np.ndarray:
-    """(servers,) int64 rows that each server receives."""
-    return sum_by(shipments.server, shipments.rows, num_servers)
