@@ -15,40 +15,54 @@ from __future__ import annotations
 import numpy as np
 
 from distca.arrays import order_by, sum_by
-from distca.masks import MaskRule, bands_of, cut
+from distca.cost import Cost
+from distca.masks import Mask, MaskRule, mask_of, tighten
 from distca.placement import Segments
-from distca.plan import MILLION, Plan, PlanInputs, shares
+from distca.plan import MILLION, Plan, PlanInputs, bands_in, shares
 
 TOLERANCE = 100_000
 """As published, in millionths."""
 
 
-def greedy_plan(inputs: PlanInputs, rule: MaskRule, tolerance: int = TOLERANCE) -> Plan:
-    """The paper's plan of a micro-batch; servers that live nowhere start without work, ranks without a server lend
-    theirs one."""
+def greedy_plan(
+    inputs: PlanInputs, rule: MaskRule | Mask, cost: Cost | None = None, tolerance: int = TOLERANCE
+) -> Plan:
+    """The paper's plan of a micro-batch: it makes pairs even, whatever the `cost` that its loads are told in. Servers
+    that live nowhere start without work, ranks without a server lend theirs one."""
+    mask, size = mask_of(rule, inputs.lengths), inputs.pool.ranks_per_home
     segments, item, item_rank = _head_and_tail(inputs.lengths, inputs.num_ranks)
     home = {rank: server for server, rank in enumerate(inputs.pool.home) if rank is not None}
-    server = np.array([home.get(r, r % len(inputs.pool)) for r in item_rank.tolist()], np.int64)
-    item, server = _migrate(item, server, inputs, rule, tolerance)
+    server = np.array([home.get(r // size, r % len(inputs.pool)) for r in item_rank.tolist()], np.int64)
+    item, server = _migrate(item, server, inputs, mask, tolerance)
 
     # rows [1, 2) of an item are its head, [3, 4) its tail
     document = np.concatenate([item[:, 0], item[:, 0]])
     start, end = np.concatenate([item[:, 1], item[:, 3]]), np.concatenate([item[:, 2], item[:, 4]])
-    whole = bands_of(rule, inputs.lengths)[document]
-    bands = cut(whole, start, end, whole.k0, whole.k1)
-    useful = np.flatnonzero(bands.area() > 0)
-    useful = useful[order_by(document[useful], bands.q0[useful])]
-    servers = np.concatenate([server, server])[useful]
+    part, bands = bands_in(mask, document, start, end)
+    bands, document, server = tighten(bands), document[part], np.concatenate([server, server])[part]
+    useful = np.flatnonzero(bands.q1 > bands.q0)
+    useful = useful[order_by(document[useful], bands.q0[useful], bands.k0[useful])]
     return Plan(
-        inputs.lengths, rule, segments, inputs.pool, document[useful], bands[useful], servers, tolerance, inputs.block
+        inputs.lengths,
+        mask,
+        cost or inputs.costs[0],
+        segments,
+        inputs.pool,
+        document[useful],
+        bands[useful],
+        server[useful],
+        tolerance,
+        inputs.block,
     )
 
 
-def even_greedy_plan(inputs: PlanInputs, rule: MaskRule, imbalance: float = 1.02) -> Plan:
+def even_greedy_plan(
+    inputs: PlanInputs, rule: MaskRule | Mask, cost: Cost | None = None, imbalance: float = 1.02
+) -> Plan:
     """The same with a tolerance that shrinks until the worst server is at most `imbalance` times its share."""
     tolerance = TOLERANCE
     for _ in range(9):
-        plan = greedy_plan(inputs, rule, tolerance)
+        plan = greedy_plan(inputs, rule, cost, tolerance)
         if plan.imbalance() <= imbalance:
             break
         tolerance //= 4
@@ -80,14 +94,15 @@ def _head_and_tail(lengths: np.ndarray, num_ranks: int) -> tuple[Segments, np.nd
     return Segments(*columns), items[:, :5], items[:, 5]
 
 
-def _migrate(item: np.ndarray, server: np.ndarray, inputs: PlanInputs, rule: MaskRule, tolerance: int):
+def _migrate(item: np.ndarray, server: np.ndarray, inputs: PlanInputs, mask: Mask, tolerance: int):
     """Items after the greedy's moves, with their servers."""
-    documents = bands_of(rule, inputs.lengths)
 
     def pairs_of(items: np.ndarray) -> np.ndarray:
-        whole = documents[items[:, 0]]
-        head, tail = (cut(whole, items[:, i], items[:, i + 1], whole.k0, whole.k1).area() for i in (1, 3))
-        return head + tail
+        pairs = np.zeros(len(items), np.int64)
+        for i in (1, 3):
+            part, bands = bands_in(mask, items[:, 0], items[:, i], items[:, i + 1])
+            pairs += sum_by(part, bands.area(), len(items))
+        return pairs
 
     pairs = pairs_of(item)
     share = shares(int(pairs.sum()), inputs.pool)

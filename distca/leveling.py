@@ -16,33 +16,36 @@ from __future__ import annotations
 import numpy as np
 
 from distca.arrays import spread, sum_by
+from distca.cost import Cost
 from distca.masks import Bands, crop, cut
 
 HOMELESS = -1  # inside this file: no server yet
 
 
 def level(
-    bands: Bands, server: np.ndarray, share: np.ndarray, limit: np.ndarray, block: int, largest: int
+    bands: Bands, server: np.ndarray, cost: Cost, share: np.ndarray, limit: np.ndarray, block: int, largest: int
 ) -> tuple[np.ndarray, Bands, np.ndarray]:
     """Tasks and their servers -> (which task each new one is part of, its band, its server).
 
-    Afterwards no server is above `limit` by more than one tile."""
+    Afterwards no server is above `limit` by more than one tile of `largest` pairs, if the cost is in pairs; else by
+    its part of what the cuts cost, too."""
     largest = max(block**2, largest)
-    piece, tiles, server = _keep_at_home(bands, server, limit, block, largest)
-    kept = sum_by(server[server >= 0], tiles.area()[server >= 0], len(share))
-    server = _fill_rooms(tiles.area(), server, np.maximum(share - kept, 0))
+    piece, tiles, server = _keep_at_home(bands, server, cost, limit, block, largest)
+    costs = cost.of(tiles)
+    kept = sum_by(server[server >= 0], costs[server >= 0], len(share))
+    server = _fill_rooms(costs, server, np.maximum(share - kept, 0))
     piece, tiles, server = _join(piece, tiles, server)
     return piece, cut(bands[piece], tiles.q0, tiles.q1, tiles.k0, tiles.k1), server
 
 
 def _keep_at_home(
-    pieces: Bands, home: np.ndarray, limit: np.ndarray, block: int, largest_tile: int
+    pieces: Bands, home: np.ndarray, cost: Cost, limit: np.ndarray, block: int, largest_tile: int
 ) -> tuple[np.ndarray, Bands, np.ndarray]:
     """Tiles with the server that keeps them, HOMELESS for those released. Pieces that stay whole are one tile each."""
-    area = pieces.area()
-    load = sum_by(home[home >= 0], area[home >= 0], len(limit))
+    costs = cost.of(pieces)
+    load = sum_by(home[home >= 0], costs[home >= 0], len(limit))
     at_ease = (home >= 0) & (load <= limit)[home]
-    whole, split = np.flatnonzero(at_ease & (area > 0)), np.flatnonzero(~at_ease & (area > 0))
+    whole, split = np.flatnonzero(at_ease & (costs > 0)), np.flatnonzero(~at_ease & (costs > 0))
 
     piece, tiles = _tile(pieces[split], block, largest_tile)
     piece, server = split[piece], np.full(len(piece), HOMELESS, np.int64)
@@ -50,8 +53,10 @@ def _keep_at_home(
         if donor == HOMELESS:
             continue
         mine = np.flatnonzero(home[piece] == donor)
-        mine = mine[np.argsort(area[piece[mine]], kind="stable")]  # short documents first; inside one, early rows first
-        stays = np.cumsum(tiles[mine].area()) <= limit[donor]
+        mine = mine[
+            np.argsort(costs[piece[mine]], kind="stable")
+        ]  # short documents first; inside one, early rows first
+        stays = np.cumsum(cost.of(tiles[mine])) <= limit[donor]
         server[mine[stays]] = donor
     joined = Bands(*(np.concatenate([getattr(pieces[whole], c), getattr(tiles, c)]) for c in Bands.__slots__))
     return np.concatenate([whole, piece]), joined, np.concatenate([home[whole], server])
@@ -72,12 +77,14 @@ def _tile(bands: Bands, block: int, largest: int) -> tuple[np.ndarray, Bands]:
     return index[part_of][useful], tiles[useful]
 
 
-def _fill_rooms(area: np.ndarray, server: np.ndarray, room: np.ndarray) -> np.ndarray:
+def _fill_rooms(costs: np.ndarray, server: np.ndarray, room: np.ndarray) -> np.ndarray:
     """Give every HOMELESS tile a server: each goes where its middle falls when rooms are laid end to end, largest
     first."""
     free = np.flatnonzero(server == HOMELESS)
     order = np.argsort(-room, kind="stable")
-    middle = np.cumsum(area[free]) - area[free] // 2 - 1
+    needed = int(costs[free].sum())
+    room = room + max(0, needed - int(room.sum())) // len(room) + 1  # tiles may cost more than what they were cut from
+    middle = np.cumsum(costs[free]) - costs[free] // 2 - 1
     slot = np.searchsorted(np.cumsum(room[order]), middle, side="right")
     filled = server.copy()
     filled[free] = order[np.minimum(slot, len(room) - 1)]

@@ -20,6 +20,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from distca.arrays import spread
+
 UNBOUNDED = 1 << 40  # further than any document is long, and far enough from 2^63 that sums of a few cannot overflow
 
 
@@ -79,6 +81,58 @@ def bands_of(rule: MaskRule, lengths: np.ndarray) -> Bands:
     return Bands(zero, lengths, zero, lengths, lo, zero)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Mask:
+    """The pairs that a batch allows, for masks of one or more bands per document; no pair is in two bands. Equal only
+    to itself."""
+
+    document: np.ndarray  # (M,) int64, ascending
+    bands: Bands  # (M,) in the document's own rows
+
+    def of_documents(self, order: np.ndarray) -> Mask:
+        """The mask of the documents `order`, numbered anew from 0."""
+        first = np.searchsorted(self.document, order)
+        count = np.searchsorted(self.document, order, side="right") - first
+        document, nth = spread(count)
+        return Mask(document, self.bands[first[document] + nth])
+
+
+def mask_of(rule: MaskRule | Mask, lengths: np.ndarray) -> Mask:
+    """A rule's bands, document by document; a mask is returned as it is."""
+    return rule if isinstance(rule, Mask) else Mask(np.arange(len(lengths)), bands_of(rule, lengths))
+
+
+def prefix_mask(lengths: np.ndarray, prefix: np.ndarray) -> Mask:
+    """Every row sees the first `prefix` keys of its document, (documents,) int64; the other rows are causal."""
+    zero, far = np.zeros_like(lengths), np.full_like(lengths, UNBOUNDED)
+    prefix = np.minimum(prefix, lengths)
+    return _interleave(
+        Bands(zero, lengths, zero, prefix, -far, far), Bands(prefix, lengths, prefix, lengths, -far, zero)
+    )
+
+
+def sink_mask(lengths: np.ndarray, sinks: int, window: int) -> Mask:
+    """A row sees the `window` keys up to its own, and the document's first `sinks` keys (StreamingLLM,
+    arXiv 2309.17453)."""
+    zero, far = np.zeros_like(lengths), np.full_like(lengths, UNBOUNDED)
+    first = Bands(zero, lengths, zero, np.minimum(sinks, lengths), -far, zero - window)
+    return _interleave(first, bands_of(MaskRule(window), lengths))
+
+
+def chunk_mask(lengths: np.ndarray, chunk: int) -> Mask:
+    """A row sees the keys up to its own of the `chunk` rows that it is one of (Llama 4)."""
+    document, nth = spread(-(-lengths // chunk))
+    start = nth * chunk
+    end = np.minimum(start + chunk, lengths[document])
+    return Mask(document, Bands(start, end, start, end, np.full_like(start, -UNBOUNDED), np.zeros_like(start)))
+
+
+def _interleave(*bands: Bands) -> Mask:
+    """Several bands per document, each argument with one for every document."""
+    columns = (np.stack([getattr(b, f.name) for b in bands], 1).ravel() for f in fields(Bands))
+    return Mask(np.repeat(np.arange(len(bands[0])), len(bands)), Bands(*columns))
+
+
 def cut(bands: Bands, q0, q1, k0, k1) -> Bands:
     """The part of each band inside the rectangle [q0, q1) x [k0, k1), shrunk to the rows and keys that still see each
     other.
@@ -91,6 +145,14 @@ def crop(bands: Bands, q0, q1, k0, k1) -> Bands:
     """The part of each band inside the rectangle [q0, q1) x [k0, k1), with the rectangle's own edges."""
     q0, q1 = np.clip(q0, bands.q0, bands.q1), np.clip(q1, bands.q0, bands.q1)  # an empty part stays inside its band
     return _rebase(bands, q0, q1, np.clip(k0, bands.k0, bands.k1), np.clip(k1, bands.k0, bands.k1))
+
+
+def intersect(a: Bands, b: Bands) -> Bands:
+    """The pairs that are in both, entry by entry; columns broadcast against each other."""
+    q0, q1 = np.maximum(a.q0, b.q0), np.minimum(a.q1, b.q1)
+    k0, k1 = np.maximum(a.k0, b.k0), np.minimum(a.k1, b.k1)
+    a, b = _rebase(a, q0, q1, k0, k1), _rebase(b, q0, q1, k0, k1)
+    return Bands(a.q0, a.q1, a.k0, a.k1, np.maximum(a.lo, b.lo), np.minimum(a.hi, b.hi))
 
 
 def tighten(bands: Bands) -> Bands:

@@ -35,7 +35,7 @@ from math import isqrt
 
 import numpy as np
 
-from distca.arrays import order_by, ranges
+from distca.arrays import order_by, ranges, spread
 
 UNIT = 1024  # densities are integers: pairs per row, in 1/1024
 
@@ -84,6 +84,18 @@ def place(
     order = order_by(rank, document, start)
     document, start, end, rank = document[order], start[order], end[order], rank[order]
     return Segments(document, start, end, rank, np.cumsum(end - start) - (end - start) - (np.cumsum(rows) - rows)[rank])
+
+
+def split_ranks(homes: Segments, num_ranks: int, rows: int) -> Segments:
+    """Segments of homes, each a group of `num_ranks` ranks of `rows` rows -> segments of ranks, in the same order."""
+    last_row = homes.row + homes.end - homes.start - 1
+    index, nth = spread(last_row // rows - homes.row // rows + 1)
+    rank_in_home = homes.row[index] // rows + nth
+    skipped = np.maximum(rank_in_home * rows - homes.row[index], 0)  # rows of the segment on earlier ranks
+    start = homes.start[index] + skipped
+    row = homes.row[index] + skipped - rank_in_home * rows
+    end = np.minimum(homes.end[index], start + rows - row)
+    return Segments(homes.document[index], start, end, homes.rank[index] * num_ranks + rank_in_home, row)
 
 
 def num_stripes(work: int, share: int) -> int:

@@ -1,10 +1,11 @@
 """Which attention server computes which CA-task: the result that every rank agrees on.
 
-A `Plan` is made from `PlanInputs` alone (integers: lengths, capacities, mask), by every rank for itself. Ranks compare
-the 8-byte digest, never the plan. `Plan.check()` states what every plan guarantees:
+A `Plan` is made from `PlanInputs` alone (integers: lengths, capacities, mask, cost), by every rank for itself. Ranks
+compare the 8-byte digest, never the plan. `Plan.check()` states what every plan guarantees:
   - each allowed (query, key) pair is in exactly one task, and each task has one server of the pool;
   - tasks are cut at multiples of `block` rows and keys counted from the document's start, or at a border between ranks;
-  - no server's load exceeds its fair share by more than the tolerance plus one tile of block x block pairs;
+  - no server's load exceeds its fair share by more than the tolerance plus one tile of block x block pairs, where the
+    cost is the number of pairs (other costs grow with every cut, by an amount that no bound is given for);
   - every rank holds the same number of rows.
 """
 
@@ -16,8 +17,9 @@ from math import isqrt
 
 import numpy as np
 
-from distca.arrays import order_by, sum_by
-from distca.masks import Bands, MaskRule, bands_of
+from distca.arrays import order_by, spread, sum_by
+from distca.cost import Cost, PairCost, cost_from_words
+from distca.masks import Bands, Mask, MaskRule, crop, intersect
 from distca.placement import Segments
 
 MILLION = 1_000_000
@@ -31,6 +33,9 @@ class Pool:
     """Relative speed of each server; only ratios count."""
     home: tuple[int | None, ...]
     """The rank whose rows a server holds already, because it lives there; None for a dedicated server."""
+    ranks_per_home: int = 1
+    """A server that is a group of GPUs, such as one NVLink domain, lives on as many ranks: its home `h` is the ranks
+    from h * ranks_per_home on. Heads are split inside the group."""
 
     def __post_init__(self):
         assert len(self.capacity) == len(self.home) > 0, "a pool has at least one server"
@@ -40,11 +45,14 @@ class Pool:
         return len(self.capacity)
 
 
-def make_pool(trainers: int, servers: int, trainers_serve: bool, trainer_capacity: int = 100) -> Pool:
+def make_pool(
+    trainers: int, servers: int, trainers_serve: bool, trainer_capacity: int = 100, ranks_per_home: int = 1
+) -> Pool:
     """In place (no dedicated servers), dedicated (trainers do not serve) or mixed; serving trainers come first, in
     rank order."""
-    serving = trainers if trainers_serve else 0
-    return Pool((trainer_capacity,) * serving + (100,) * servers, tuple(range(serving)) + (None,) * servers)
+    serving = trainers // ranks_per_home if trainers_serve else 0
+    capacity = (trainer_capacity,) * serving + (100,) * servers
+    return Pool(capacity, tuple(range(serving)) + (None,) * servers, ranks_per_home)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,29 +60,40 @@ class PlanInputs:
     """Everything that plans of one micro-batch depend on."""
 
     lengths: np.ndarray  # (documents,) int64
-    rules: tuple[MaskRule, ...]  # one plan for each
+    rules: tuple[MaskRule | Mask, ...]  # one plan for each
     num_ranks: int
     pool: Pool
     tolerance: int  # millionths of a fair share
     block: int
     group: int = 4  # query heads per key/value head: what moving a query row costs, in key/value rows
+    costs: tuple[Cost, ...] = (PairCost(),)
+    """One plan for each: forward and backward may be planned apart, or together by the sum of their costs."""
 
     def to_words(self) -> np.ndarray:
-        """As int64 words, to cross a wire without pickle."""
-        home = [0 if h is None else h + 1 for h in self.pool.home]
-        windows = [rule.window for rule in self.rules]
-        head = [self.num_ranks, self.tolerance, self.block, self.group, len(windows), len(self.pool), len(self.lengths)]
-        return np.array([*head, *windows, *self.pool.capacity, *home, *self.lengths.tolist()], np.int64)
+        """As int64 words, to cross a wire without pickle. Rules only: nobody sends a `Mask`."""
+        pool, costs = self.pool, [cost.to_words() for cost in self.costs]
+        sections = [
+            [self.num_ranks, self.tolerance, self.block, self.group, pool.ranks_per_home],
+            [rule.window for rule in self.rules],
+            pool.capacity,
+            [0 if h is None else h + 1 for h in pool.home],
+            [len(words) for words in costs],
+            [word for words in costs for word in words],
+            self.lengths.tolist(),
+        ]
+        return np.array([len(sections), *map(len, sections), *(word for s in sections for word in s)], np.int64)
 
     @staticmethod
     def from_words(words: np.ndarray) -> PlanInputs:
-        num_ranks, tolerance, block, group, num_rules, num_servers, num_documents = (int(w) for w in words[:7])
-        windows, capacity, home, lengths = np.split(words[7:], np.cumsum([num_rules, num_servers, num_servers]))
-        lengths = lengths[:num_documents]  # a message may be longer, up to its alignment
-        pool = Pool(tuple(capacity.tolist()), tuple(h - 1 if h else None for h in home.tolist()))
-        return PlanInputs(
-            lengths, tuple(MaskRule(w) for w in windows.tolist()), num_ranks, pool, tolerance, block, group
-        )
+        num_sections = int(words[0])
+        ends = np.cumsum(words[1 : num_sections + 1]) + num_sections + 1
+        # a message may be longer than its last section, up to its alignment
+        head, windows, capacity, home, sizes, costs, lengths, _ = np.split(words, ends)
+        num_ranks, tolerance, block, group, ranks_per_home = head[num_sections + 1 :].tolist()
+        pool = Pool(tuple(capacity.tolist()), tuple(h - 1 if h else None for h in home.tolist()), ranks_per_home)
+        rules = tuple(MaskRule(window) for window in windows.tolist())
+        costs = tuple(cost_from_words(part.tolist()) for part in np.split(costs, np.cumsum(sizes)[:-1]))
+        return PlanInputs(lengths, rules, num_ranks, pool, tolerance, block, group, costs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +102,8 @@ class Plan:
     plan's order."""
 
     lengths: np.ndarray  # (documents,) int64
-    rule: MaskRule
+    mask: Mask
+    cost: Cost
     segments: Segments
     pool: Pool
     document: np.ndarray  # (C,) int64, the task's document
@@ -93,15 +113,14 @@ class Plan:
     block: int
 
     def load(self) -> np.ndarray:
-        """(servers,) int64: (query, key) pairs that each server computes."""
-        return sum_by(self.server, self.bands.area(), len(self.pool))
+        """(servers,) int64: the cost of each server's tasks."""
+        return sum_by(self.server, self.cost.of(self.bands), len(self.pool))
 
     def load_at_home(self) -> np.ndarray:
-        """(ranks,) int64: pairs that each rank would compute if every row were attended where it lives."""
+        """(ranks,) int64: what each rank's tasks would cost if every row were attended where it lives."""
         s = self.segments
-        pairs = bands_of(self.rule, self.lengths)[s.document]
-        rows = Bands(s.start, s.end, pairs.k0, pairs.k1, pairs.lo + s.start, pairs.hi + s.start)
-        return sum_by(s.rank, rows.area(), int(s.rank.max(initial=0)) + 1)
+        segment, bands = bands_in(self.mask, s.document, s.start, s.end)
+        return sum_by(s.rank[segment], self.cost.of(bands), int(s.rank.max(initial=0)) + 1)
 
     def imbalance(self) -> float:
         """The busiest server's load over its fair share."""
@@ -117,33 +136,45 @@ class Plan:
         """Raise AssertionError unless the plan keeps its promises (see the top of the file)."""
         self.check_cover()
         assert ((self.server >= 0) & (self.server < len(self.pool))).all(), "a task without a server"
-        load, limit = self.load(), limits(int(self.bands.area().sum()), self.pool, self.tolerance)
-        over = np.flatnonzero(load > limit + self.block**2)
-        assert len(over) == 0, f"server {over[0]} has {load[over[0]]} pairs, its limit is {limit[over[0]]}"
+        if isinstance(self.cost, PairCost):
+            load, limit = self.load(), limits(int(self.bands.area().sum()), self.pool, self.tolerance)
+            over = np.flatnonzero(load > limit + self.block**2)
+            assert len(over) == 0, f"server {over[0]} has {load[over[0]]} pairs, its limit is {limit[over[0]]}"
         held = sum_by(self.segments.rank, self.segments.end - self.segments.start, int(self.segments.rank.max()) + 1)
         assert (held == held[0]).all(), f"ranks hold {held.tolist()} rows"
 
     def check_cover(self) -> None:
         """Raise AssertionError unless each allowed pair is in exactly one task and each row in one segment."""
+        allowed, tasks = self.mask, self.bands
         wanted, got = (
-            bands_of(self.rule, self.lengths).area(),
-            sum_by(self.document, self.bands.area(), len(self.lengths)),
+            sum_by(document, bands.area(), len(self.lengths))
+            for document, bands in ((allowed.document, allowed.bands), (self.document, tasks))
         )
         wrong = np.flatnonzero(wanted != got)
         assert len(wrong) == 0, f"document {wrong[0]}: {got[wrong[0]]} pairs planned, {wanted[wrong[0]]} exist"
+        # as many pairs as there are, all of them allowed, none twice
+        task, nth = spread(np.bincount(allowed.document, minlength=len(self.lengths))[self.document])
+        band = np.searchsorted(allowed.document, self.document)[task] + nth
+        inside = sum_by(task, intersect(tasks[task], allowed.bands[band]).area(), len(tasks))
+        outside = np.flatnonzero(inside != tasks.area())
+        assert len(outside) == 0, f"task {outside[0]} has pairs that its document {self.document[outside[0]]} forbids"
         bounds = np.searchsorted(self.document, np.arange(len(self.lengths) + 1))
         for d in np.flatnonzero(np.diff(bounds) > 1):
-            b = self.bands[bounds[d] : bounds[d + 1]]
-            q0, q1 = np.maximum(b.q0[:, None], b.q0), np.minimum(b.q1[:, None], b.q1)
-            k0, k1 = np.maximum(b.k0[:, None], b.k0), np.minimum(b.k1[:, None], b.k1)
-            common = Bands(
-                q0, q1, k0, k1, *np.broadcast_arrays(b.lo + (q0 - b.q0) - (k0 - b.k0), b.hi + (q0 - b.q0) - (k0 - b.k0))
-            )
-            shared = np.where((q1 > q0) & (k1 > k0), common.area(), 0)
-            assert (np.triu(shared, 1) == 0).all(), f"document {d}: two tasks share pairs"
+            first, second = np.triu_indices(bounds[d + 1] - bounds[d], 1)
+            mine = tasks[bounds[d] : bounds[d + 1]]
+            assert not intersect(mine[first], mine[second]).area().any(), f"document {d}: two tasks share pairs"
         s = self.segments
         held = sum_by(s.document, s.end - s.start, len(self.lengths))
         assert (held == self.lengths).all(), "segments do not tile the documents"
+
+
+def bands_in(mask: Mask, document, start, end) -> tuple[np.ndarray, Bands]:
+    """The bands of row ranges [start, end) of documents: which range each belongs to, the band with the range's own
+    edges."""
+    count = np.bincount(mask.document, minlength=int(document.max(initial=-1)) + 1)
+    index, nth = spread(count[document])
+    whole = mask.bands[(np.cumsum(count) - count)[document[index]] + nth]
+    return index, crop(whole, start[index], end[index], whole.k0, whole.k1)
 
 
 def combined_digest(digests: list[int]) -> int:

@@ -26,11 +26,12 @@ rows need beyond its limit. It is cut off the documents with most work per row, 
                       given    | A stripe 1 |  A stripe 2       | B ...
                       bands    |   band 0      |  band 1  | b 2 | band 3 ...
                       portions | 8    | 9      | 11  | 3  | 4   | 4 ...
-  4. `_tiles`     cut: every overlap on that line becomes rows of a region, split among its portions by exact area
+  4. `_tiles`     cut: every overlap on that line becomes rows of a region, split among its portions by cost
 
-Cuts are searched on the mask's exact area, so any band mask is planned the same way; they lie on multiples of `block`.
-What a cut is off by stays at home: a quarter of the tolerance is left for that, and where it is not enough
-(`block` rows of a long document on a small pool) `leveling.level` takes the rest out.
+Cuts are searched on the cost of the mask's exact pairs, so any band mask and any cost are planned the same way; they
+lie on multiples of `block`. What a cut is off by stays at home: a quarter of the tolerance is left for it. Where that
+is not enough, stages 1 to 4 share out what is still too much, and where that is not enough either (`block` rows of a
+long document on a small pool) `leveling.level` takes the rest out.
 """
 
 from __future__ import annotations
@@ -44,55 +45,39 @@ from math import isqrt
 import numpy as np
 
 from distca.arrays import order_by, spread, sum_by
+from distca.cost import Cost
 from distca.leveling import level
-from distca.masks import Bands, MaskRule, bands_of, crop, cut
-from distca.placement import place
-from distca.plan import MILLION, Plan, PlanInputs, Pool, limits, shares
+from distca.masks import Bands, Mask, MaskRule, crop, mask_of, tighten
+from distca.placement import Segments, place, split_ranks
+from distca.plan import MILLION, Plan, PlanInputs, Pool, bands_in, limits, shares
 
 NOBODY = -1  # inside this file: no server
+ROUNDS = 3  # a cut costs a server a little more than it saves another, unless costs are pairs; then one round is enough
 
 
-def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
-    """Plan one micro-batch under one of its mask rules. Every rule of the same inputs gets the same placement."""
-    pool, total_rows = inputs.pool, int(inputs.lengths.sum())
+def plan_step(inputs: PlanInputs, rule: MaskRule | Mask, cost: Cost | None = None) -> Plan:
+    """Plan one micro-batch under one of its mask rules and one of its costs (the first by default). All plans of the
+    same inputs have the same placement."""
+    pool, cost = inputs.pool, cost or inputs.costs[0]
     # from here on documents go by their place in this order: their numbers decide nothing
     by_length = order_by(int(inputs.lengths.max(initial=0)) - inputs.lengths)
     lengths = inputs.lengths[by_length]
-    documents = bands_of(rule, lengths)
-    work = sum(bands_of(r, lengths).area() for r in inputs.rules)
-    total_work = int(work.sum())
-    rows = np.full(inputs.num_ranks, total_rows // inputs.num_ranks)
-    segments = place(lengths, work, _rank_shares(inputs, total_work), rows, inputs.group, inputs.block)
-
-    if any(home is not None for home in pool.home):
-        homes, server = segments, _home_servers(segments.rank, pool, inputs.num_ranks)
-    else:  # no rows lie on a server: place documents once more, as if they did
-        spread = np.diff(np.arange(len(pool) + 1) * total_rows // len(pool))
-        homes = place(lengths, work, shares(total_work, pool), spread, inputs.group, inputs.block)
-        server = homes.rank
-    whole = documents[homes.document]
-    pieces = cut(whole, homes.start, homes.end, whole.k0, whole.k1)
-    area = pieces.area()
-    total = int(area.sum())
-    server = _adopt(server, area, shares(total, pool))
-    load = sum_by(server, area, len(pool))
-
-    limit = limits(total, pool, inputs.tolerance * 3 // 4)
-    moved = _share_out(homes.document, pieces, area, server, load, limit, inputs)
-    stays = area > 0
-    stays[moved.given] = False
-    document = by_length[np.concatenate([homes.document[stays], homes.document[moved.piece]])]
-    bands, server = _join(pieces[stays], moved.tiles), np.concatenate([server[stays], moved.server])
-    allowed = limits(total, pool, inputs.tolerance)
-    if (sum_by(server, bands.area(), len(pool)) > allowed).any():
-        share = shares(total, pool)
-        largest_tile = int(share.min()) * inputs.tolerance // MILLION // 2
-        task, bands, server = level(bands, server, share, allowed, inputs.block, largest_tile)
-        document = document[task]
+    masks = {r: r.of_documents(by_length) if isinstance(r, Mask) else mask_of(r, lengths) for r in inputs.rules}
+    work = sum(sum_by(m.document, c.of(m.bands), len(lengths)) for m in masks.values() for c in inputs.costs)
+    segments, homes, server = _homes(lengths, work, inputs)
+    at, pieces = bands_in(masks[rule], homes.document, homes.start, homes.end)
+    pieces = tighten(pieces)
+    useful = np.flatnonzero(pieces.q1 > pieces.q0)
+    at, pieces = at[useful], pieces[useful]
+    costs = cost.of(pieces)
+    server = _adopt(server, sum_by(at, costs, len(server)), shares(int(costs.sum()), pool))
+    document, bands, server = _even_out(homes.document[at], pieces, server[at], cost, inputs)
+    document = by_length[document]
     order = order_by(document, bands.q0, bands.k0)
     return Plan(
         inputs.lengths,
-        rule,
+        mask_of(rule, inputs.lengths),
+        cost,
         replace(segments, document=by_length[segments.document]),
         pool,
         document[order],
@@ -103,40 +88,81 @@ def plan_step(inputs: PlanInputs, rule: MaskRule) -> Plan:
     )
 
 
-def _rank_shares(inputs: PlanInputs, total: int) -> np.ndarray:
-    """(ranks,) pairs that each rank should hold: in proportion to the server that lives there, all alike if none
+def _homes(lengths, work, inputs: PlanInputs) -> tuple[Segments, Segments, np.ndarray]:
+    """Where rows lie, where planning starts from, and the server there or NOBODY: (segments,), (homes,), (homes,)."""
+    pool, num_homes, total_rows = inputs.pool, inputs.num_ranks // inputs.pool.ranks_per_home, int(lengths.sum())
+    rows = np.full(num_homes, total_rows // num_homes)
+    homes = place(lengths, work, _home_shares(pool, num_homes, int(work.sum())), rows, inputs.group, inputs.block)
+    segments = (
+        split_ranks(homes, pool.ranks_per_home, total_rows // inputs.num_ranks) if pool.ranks_per_home > 1 else homes
+    )
+    if any(home is not None for home in pool.home):
+        return segments, homes, _home_servers(homes.rank, pool, num_homes)
+    # no rows lie on a server: place documents once more, as if they did
+    spread = np.diff(np.arange(len(pool) + 1) * total_rows // len(pool))
+    homes = place(lengths, work, shares(int(work.sum()), pool), spread, inputs.group, inputs.block)
+    return segments, homes, homes.rank
+
+
+def _home_shares(pool: Pool, num_homes: int, total: int) -> np.ndarray:
+    """(homes,) work that each home should hold: in proportion to the server that lives there, all alike if none
     does."""
-    weight = [0] * inputs.num_ranks
-    for capacity, rank in zip(inputs.pool.capacity, inputs.pool.home, strict=True):
-        if rank is not None:
-            weight[rank] = capacity
-    weight = weight if any(weight) else [1] * inputs.num_ranks
+    weight = [0] * num_homes
+    for capacity, home in zip(pool.capacity, pool.home, strict=True):
+        if home is not None:
+            weight[home] = capacity
+    weight = weight if any(weight) else [1] * num_homes
     return np.array([-(-total * w // sum(weight)) for w in weight], np.int64)
 
 
-def _home_servers(rank: np.ndarray, pool: Pool, num_ranks: int) -> np.ndarray:
-    """(N,) the server that lives on each rank, or NOBODY."""
-    server_of = np.full(num_ranks, NOBODY, np.int64)
-    for server, home in enumerate(pool.home):
-        if home is not None:
-            server_of[home] = server
-    return server_of[rank]
+def _home_servers(home: np.ndarray, pool: Pool, num_homes: int) -> np.ndarray:
+    """(N,) the server that lives in each home, or NOBODY."""
+    server_of = np.full(num_homes, NOBODY, np.int64)
+    for server, at in enumerate(pool.home):
+        if at is not None:
+            server_of[at] = server
+    return server_of[home]
 
 
-def _adopt(server: np.ndarray, area: np.ndarray, share: np.ndarray) -> np.ndarray:
+def _adopt(server: np.ndarray, costs: np.ndarray, share: np.ndarray) -> np.ndarray:
     """(N,) servers where NOBODY's pieces, most work first, went to whoever had most room left: a home in name only."""
-    orphans = np.flatnonzero((server == NOBODY) & (area > 0))
+    orphans = np.flatnonzero((server == NOBODY) & (costs > 0))
     adopted = np.where(server == NOBODY, 0, server)
     if len(orphans) == 0:
         return adopted
-    room = share - sum_by(server[server >= 0], area[server >= 0], len(share))
+    room = share - sum_by(server[server >= 0], costs[server >= 0], len(share))
     heap = [(-pairs, s) for s, pairs in enumerate(room.tolist())]
     heapq.heapify(heap)
-    orphans = orphans[np.argsort(-area[orphans], kind="stable")]
-    for piece, pairs in zip(orphans.tolist(), area[orphans].tolist(), strict=True):
+    orphans = orphans[np.argsort(-costs[orphans], kind="stable")]
+    for piece, amount in zip(orphans.tolist(), costs[orphans].tolist(), strict=True):
         key, adopted[piece] = heap[0]
-        heapq.heapreplace(heap, (key + pairs, int(adopted[piece])))
+        heapq.heapreplace(heap, (key + amount, int(adopted[piece])))
     return adopted
+
+
+def _even_out(document, bands: Bands, server, cost: Cost, inputs: PlanInputs) -> tuple[np.ndarray, Bands, np.ndarray]:
+    """Tasks at home -> tasks of servers that are all within the tolerance: document, band, server of each."""
+    pool = inputs.pool
+    for _ in range(ROUNDS):
+        costs = cost.of(bands)
+        total, load = int(costs.sum()), sum_by(server, costs, len(pool))
+        if (load <= limits(total, pool, inputs.tolerance)).all():
+            return document, bands, server
+        moved = _share_out(
+            document, bands, costs, server, load, limits(total, pool, inputs.tolerance * 3 // 4), cost, inputs
+        )
+        stays = np.ones(len(bands), bool)
+        stays[moved.given] = False
+        document = np.concatenate([document[stays], document[moved.piece]])
+        bands, server = _join(bands[stays], moved.tiles), np.concatenate([server[stays], moved.server])
+    costs = cost.of(bands)
+    total, share = int(costs.sum()), shares(int(costs.sum()), pool)
+    allowed = limits(total, pool, inputs.tolerance)
+    if (sum_by(server, costs, len(pool)) > allowed).any():
+        largest_tile = int(share.min()) * inputs.tolerance // MILLION // 2
+        task, bands, server = level(bands, server, cost, share, allowed, inputs.block, largest_tile)
+        document = document[task]
+    return document, bands, server
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,66 +175,85 @@ class _Moved:
     server: np.ndarray  # (C,) int64
 
 
-def _share_out(document, pieces: Bands, area, server, load, limit, inputs: PlanInputs) -> _Moved:
+def _share_out(document, pieces: Bands, costs, server, load, limit, cost: Cost, inputs: PlanInputs) -> _Moved:
     """Stages 1 to 4: what goes where when no server may exceed `limit`."""
-    given, amount = _surplus(pieces, area, server, load, limit)
+    given, amount = _surplus(pieces, costs, server, load, limit)
     room = np.maximum(limit - load, 0)
     if len(given) == 0 or not room.any():
         return _Moved(given[:0], pieces[:0], given[:0], given[:0])
-    regions = _regions(pieces[given], area[given], amount, int(room.max()), inputs.group, inputs.block)
+    pairs, total = int(pieces.area().sum()), int(costs.sum())
+    shape = _TileShape(inputs.group, pairs, total)
+    regions = _regions(pieces[given], costs[given], amount, int(room.max()), shape, cost, inputs.block)
     # documents that give most come first: they take the largest rooms
     of_document = sum_by(document[given], amount, len(inputs.lengths))[document[given]]
     order = order_by(int(of_document.max()) - of_document, document[given], regions.q0)
     given, amount, regions = given[order], amount[order], regions[order]
-    line = _match(document[given], amount, regions, room, inputs.group)
-    tiles, item, tile_server = _tiles(regions, pieces[given], amount, amount == area[given], line, inputs.block)
+    line = _match(document[given], amount, regions, room, shape)
+    tiles, item, tile_server = _tiles(regions, pieces[given], amount, amount == costs[given], line, cost, inputs.block)
     tile_piece = given[item]
     tile_server = np.where(tile_server == NOBODY, server[tile_piece], tile_server)
-    tiles = cut(tiles, tiles.q0, tiles.q1, tiles.k0, tiles.k1)
+    tiles = tighten(tiles)
     useful = tiles.q1 > tiles.q0
     return _Moved(given, tiles[useful], tile_piece[useful], tile_server[useful])
 
 
-def _surplus(pieces: Bands, area, server, load, limit) -> tuple[np.ndarray, np.ndarray]:
-    """Which pieces of overloaded servers give away how many pairs: those with most work per row first."""
-    donors = np.flatnonzero((load > limit)[server] & (area > 0))
-    per_row = area[donors] // (pieces.q1 - pieces.q0)[donors]
+@dataclass(frozen=True, slots=True)
+class _TileShape:
+    """What a tile should look like: `group` times as wide as high, `pairs` of the mask for each `cost`."""
+
+    group: int
+    pairs: int
+    cost: int
+
+    def pairs_of(self, cost: int) -> int:
+        return cost * self.pairs // self.cost
+
+    def width(self, cost: int) -> int:
+        """Keys of a tile of that cost."""
+        return max(1, isqrt(self.group * self.pairs_of(cost)))
+
+
+def _surplus(pieces: Bands, costs, server, load, limit) -> tuple[np.ndarray, np.ndarray]:
+    """Which pieces of overloaded servers give away how much: those with most work per row first."""
+    donors = np.flatnonzero((load > limit)[server] & (costs > 0))
+    per_row = costs[donors] // (pieces.q1 - pieces.q0)[donors]
     donors = donors[np.lexsort((-per_row, server[donors]))]
-    before = np.cumsum(area[donors]) - area[donors]
+    before = np.cumsum(costs[donors]) - costs[donors]
     before -= before[np.searchsorted(server[donors], server[donors])]  # counted from each server's own first piece
-    amount = np.clip((load - limit)[server[donors]] - before, 0, area[donors])
+    amount = np.clip((load - limit)[server[donors]] - before, 0, costs[donors])
     return donors[amount > 0], amount[amount > 0]
 
 
-def _regions(pieces: Bands, area, amount, largest_room: int, group: int, block: int) -> Bands:
-    """(E,) the rows and keys from which each piece gives, with a little more than `amount` pairs unless it gives all.
+def _regions(pieces: Bands, costs, amount, largest_room: int, shape: _TileShape, cost: Cost, block: int) -> Bands:
+    """(E,) the rows and keys from which each piece gives, with a little more than `amount` unless it gives all.
 
     Either all rows, and home needs fewer of the keys left of its own; or only so many of the last rows that tiles get
-    their
-    best shape, which is cheaper when little is given."""
+    their best shape, which is cheaper when little is given."""
     rows = pieces.q1 - pieces.q0
     tile = np.minimum(amount, largest_room)
-    width = np.array([max(1, isqrt(group * pairs)) for pairs in tile.tolist()], np.int64)  # of a tile of the best shape
+    width = np.array([shape.width(c) for c in tile.tolist()], np.int64)
+    pairs = np.array([shape.pairs_of(c) for c in amount.tolist()], np.int64)
     num_tiles = -(-amount // np.maximum(tile, 1))
-    cost_all = group * rows + (num_tiles - 1) * amount // rows
+    cost_all = shape.group * rows + (num_tiles - 1) * pairs // rows
     cost_some = 2 * width * np.maximum(amount // np.maximum(tile, 1), 1)
     wanted = amount + amount // 8
-    left = crop(pieces, pieces.q0, pieces.q1, pieces.k0, pieces.q0).area()  # below the diagonal for every row
+    left = cost.of(crop(pieces, pieces.q0, pieces.q1, pieces.k0, pieces.q0))  # below the diagonal for every row
     all_rows = (left >= wanted) & (cost_all <= cost_some)
     top, last = pieces.q0.copy(), np.where(all_rows, pieces.q0, pieces.k1)
 
-    some = np.flatnonzero(~all_rows & (amount < area))
+    some = np.flatnonzero(~all_rows & (amount < costs))
     if len(some):
         # the first, that is highest, of some heights whose rectangle left of its own first row is large enough
         b, tries = pieces[some], 32
-        height = amount[some] // width[some] + np.arange(tries)[:, None] * -(-(b.q1 - b.q0) // tries)
+        height = pairs[some] // width[some] + np.arange(tries)[:, None] * -(-(b.q1 - b.q0) // tries)
         tops = np.maximum((b.q1 - height) // block * block, b.q0)
         tall = b[np.tile(np.arange(len(some)), tries)]
-        enough = crop(tall, tops.ravel(), tall.q1, tall.k0, tops.ravel()).area().reshape(tries, -1) >= wanted[some]
+        large = cost.of(crop(tall, tops.ravel(), tall.q1, tall.k0, tops.ravel()))
+        enough = large.reshape(tries, -1) >= wanted[some]
         found, chosen = enough.any(axis=0), tops[enough.argmax(axis=0), np.arange(len(some))]
         # none is: whole rows, with all the keys they see
-        rest = np.maximum(area[some] - wanted[some], 0)
-        whole_rows = _search(lambda y: crop(b, b.q0, y, b.k0, b.k1).area(), b.q0, b.q1, rest, block, down=True)
+        rest = np.maximum(costs[some] - wanted[some], 0)
+        whole_rows = _search(lambda y: cost.of(crop(b, b.q0, y, b.k0, b.k1)), b.q0, b.q1, rest, block, down=True)
         top[some] = np.where(found, chosen, whole_rows)
         last[some] = np.where(found, chosen, b.k1)
     return crop(pieces, top, pieces.q1, pieces.k0, last)
@@ -224,7 +269,7 @@ class _Line:
     portion_server: np.ndarray  # (P,) int64
 
 
-def _match(document, amount, regions: Bands, room, group: int) -> _Line:
+def _match(document, amount, regions: Bands, room, shape: _TileShape) -> _Line:
     """Receivers for every document's surplus, grouped into bands that are as many tiles wide as suits the region."""
     documents, amounts, rows = document.tolist(), amount.tolist(), (regions.q1 - regions.q0).tolist()
     # rooms are ordered in 64ths of the largest, so that a server which was promised a little less keeps its place
@@ -251,7 +296,7 @@ def _match(document, amount, regions: Bands, room, group: int) -> _Line:
             while at >= piece_end and piece + 1 < last:
                 piece += 1
                 piece_end += amounts[piece]
-            width, tile = amounts[piece] // max(1, rows[piece]), max(1, isqrt(group * portions[0][0]))
+            width, tile = shape.pairs_of(amounts[piece]) // max(1, rows[piece]), shape.width(portions[0][0])
             abreast = max(1, (2 * width + tile) // (2 * tile))
             for pairs, server in portions[:abreast]:
                 at += pairs
@@ -264,7 +309,7 @@ def _match(document, amount, regions: Bands, room, group: int) -> _Line:
     return _Line(*(np.array(x, np.int64) for x in (band_end, portion_end, portion_band, portion_server)))
 
 
-def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, block: int):
+def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, cost: Cost, block: int):
     """Every part of the giving pieces as bands, the item (row of `regions`) each belongs to, its server or NOBODY for
     home."""
     item_end = np.minimum(np.cumsum(amount), line.band_end[-1])
@@ -275,9 +320,9 @@ def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, block:
 
     # rows of each part: as much of its region's area as the part is of what the piece gives
     inside = regions[item]
-    above = _share(end - item_start[item], inside.area(), (item_end - item_start)[item])
+    above = _share(end - item_start[item], cost.of(inside), (item_end - item_start)[item])
     bottom = _search(
-        lambda y: crop(inside, inside.q0, y, inside.k0, inside.k1).area(), inside.q0, inside.q1, above, block
+        lambda y: cost.of(crop(inside, inside.q0, y, inside.k0, inside.k1)), inside.q0, inside.q1, above, block
     )
     bottom = _at_least_a_block(bottom, item, inside, block)
     top = np.where(np.append(True, item[1:] != item[:-1]), inside.q0, np.append(0, bottom[:-1]))
@@ -288,12 +333,12 @@ def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, block:
     count = np.searchsorted(line.portion_band, band, side="right") - first
     part, number = spread(count)
     portion = first[part] + number
-    goal = np.where(all_given[item], parts.area(), np.minimum(end - start, parts.area()))[part]
+    goal = np.where(all_given[item], cost.of(parts), np.minimum(end - start, cost.of(parts)))[part]
     wide = parts[part]
     left_area = _share(
         line.portion_end[portion] - band_start[band[part]], goal, (line.band_end - band_start)[band[part]]
     )
-    right = _search(lambda x: crop(wide, wide.q0, wide.q1, wide.k0, x).area(), wide.k0, wide.k1, left_area, block)
+    right = _search(lambda x: cost.of(crop(wide, wide.q0, wide.q1, wide.k0, x)), wide.k0, wide.k1, left_area, block)
     outermost = number == count[part] - 1
     right = np.where(outermost & all_given[item[part]], wide.k1, right)
     left = np.where(number == 0, wide.k0, np.append(0, right[:-1]))
@@ -311,18 +356,18 @@ def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, block:
     return _join(tiles, home), items, np.append(line.portion_server[portion], np.full(len(home), NOBODY))
 
 
-def _search(area_up_to: Callable, low, high, target, block: int, down: bool = False) -> np.ndarray:
-    """The multiples of `block` between low and high (or these) where a growing area is nearest to target, or just
+def _search(cost_up_to: Callable, low, high, target, block: int, down: bool = False) -> np.ndarray:
+    """The multiples of `block` between low and high (or these) where a growing cost is nearest to target, or just
     below it."""
     at = lambda x: np.minimum(np.maximum(x * block, low), high)  # noqa: E731
     below, above = low // block, -(-high // block)
     for _ in range(int((above - below).max(initial=0)).bit_length()):
         middle = (below + above) // 2
-        less = area_up_to(at(middle)) <= target
+        less = cost_up_to(at(middle)) <= target
         below, above = np.where(less, middle, below), np.where(less, above, middle)
     if down:
         return at(below)
-    return at(np.where(target - area_up_to(at(below)) <= area_up_to(at(above)) - target, below, above))
+    return at(np.where(target - cost_up_to(at(below)) <= cost_up_to(at(above)) - target, below, above))
 
 
 def _at_least_a_block(bottom, item, inside: Bands, block: int) -> np.ndarray:

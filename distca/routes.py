@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distca.arrays import order_by, ranges
+from distca.arrays import order_by, ranges, sum_by
 from distca.masks import Bands
 from distca.plan import Plan, Pool
 
@@ -80,7 +80,17 @@ class Routes:
 
     def moved_rows(self) -> tuple[int, int]:
         """How many query rows and key/value rows are attended away from their home rank."""
-        return _away(self.queries, self.pool), _away(self.keys, self.pool)
+        return tuple(int(x.rows[_is_away(x, self.pool)].sum()) for x in (self.queries, self.keys))
+
+    def traffic(self, group: int, num_ranks: int) -> tuple[np.ndarray, np.ndarray]:
+        """(servers,) and (ranks,) int64: what each receives and sends one way, in half key/value rows; a query row
+        counts `group` of these."""
+        received, sent = np.zeros(len(self.pool), np.int64), np.zeros(num_ranks, np.int64)
+        for shipments, halves in ((self.queries, group), (self.keys, 2)):
+            away = _is_away(shipments, self.pool)
+            received += halves * sum_by(shipments.server[away], shipments.rows[away], len(received))
+            sent += halves * sum_by(shipments.rank[away], shipments.rows[away], num_ranks)
+        return received, sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +192,9 @@ def _union(server, document, start, end) -> tuple[np.ndarray, np.ndarray, np.nda
     return span, order[first], np.maximum.reduceat(end, first) if len(first) else end
 
 
-def _away(shipments: Shipments, pool: Pool) -> int:
-    home = np.array([-1 if h is None else h for h in pool.home], np.int64)  # no rank is -1
-    return int(shipments.rows[home[shipments.server] != shipments.rank].sum())
+def _is_away(shipments: Shipments, pool: Pool) -> np.ndarray:
+    home = np.array([-1 if h is None else h for h in pool.home], np.int64)  # no rank lives in -1
+    return home[shipments.server] != shipments.rank // pool.ranks_per_home
 
 
 def _rows_by(peer: np.ndarray, first: np.ndarray, count: np.ndarray) -> dict[int, np.ndarray]:

@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from distca.arrays import sum_by
 from distca.errors import SettingsError
 from distca.greedy import even_greedy_plan, greedy_plan
 from distca.masks import MaskRule
@@ -96,15 +95,9 @@ class PlanScore:
 
 def score(name: str, plan: Plan, group: int, plan_ms: float) -> PlanScore:
     routes = routes_of(plan)
-    home = np.array([-1 if rank is None else rank for rank in plan.pool.home], np.int64)
-    received, sent = np.zeros(len(plan.pool)), np.zeros(int(plan.segments.rank.max(initial=0)) + 1)
-    for shipments, weight in ((routes.queries, group / 2), (routes.keys, 1)):
-        away = home[shipments.server] != shipments.rank
-        received += weight * sum_by(shipments.server[away], shipments.rows[away], len(received))
-        sent += weight * sum_by(shipments.rank[away], shipments.rows[away], len(sent))
     q_rows, kv_rows = routes.moved_rows()
-    worst = float(max(received.max(), sent.max()))
-    return PlanScore(name, _spread(plan.load(), plan.pool.capacity), group * q_rows + kv_rows, worst, plan_ms)
+    worst = max(x.max() for x in routes.traffic(group, int(plan.segments.rank.max(initial=0)) + 1)) / 2
+    return PlanScore(name, _spread(plan.load(), plan.pool.capacity), group * q_rows + kv_rows, float(worst), plan_ms)
 
 
 def _spread(load, capacity) -> tuple[float, float, float]:
