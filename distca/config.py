@@ -16,7 +16,16 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from distca.errors import SettingsError
 
@@ -160,11 +169,40 @@ class ParallelSettings(Settings):
         return self
 
 
+class WireSettings(Settings):
+    gb_per_s: PositiveFloat | None = None
+    """Gigabytes per second and direction between a trainer or server and another node. Given, work stays at home where
+    moving it would take longer; default: work is shared out evenly whatever that takes."""
+    gb_per_s_in_node: PositiveFloat | None = None
+    """The same inside a node. Default: as between nodes."""
+    ranks_per_node: PositiveInt = 1
+    """Trainers on one node."""
+    tflops: PositiveFloat | None = None
+    """TFLOP per second that a server's kernels reach. Needed with `cost` pairs or row-blocks; a table of measured times
+    has it."""
+
+
 class PlannerSettings(Settings):
     tolerance: float = Field(0.02, ge=0, le=1)
     """A server's load may exceed its fair share by this fraction, where a cut of `block` rows allows it."""
     block: int = 128
     """Tasks are cut at multiples of this many rows and keys, counted from the document's start."""
+
+    cost: str = "pairs"
+    """What servers get equal amounts of. `pairs`: (query, key) pairs. `row-blocks`: pairs and a kernel's overhead per
+    block of 128 rows. Or a YAML file with measured times (configs/hardware)."""
+    backward: Literal["same-plan", "own-plan"] = "same-plan"
+    """Whether backward, whose kernels have other costs, gets a plan of its own."""
+    wire: WireSettings = WireSettings()
+
+    @model_validator(mode="after")
+    def _speeds_are_comparable(self) -> PlannerSettings:
+        formula = self.cost in ("pairs", "row-blocks")
+        if self.wire.gb_per_s and formula and not self.wire.tflops:
+            raise ValueError(f"wire.gb_per_s needs wire.tflops with cost: {self.cost}, to compare moving and computing")
+        if self.wire.tflops and not formula:
+            raise ValueError(f"wire.tflops: leave it out, {self.cost} says how fast kernels are")
+        return self
 
     @field_validator("block")
     @classmethod

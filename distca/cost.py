@@ -118,6 +118,18 @@ def _between(low, high, part, whole):
 
 
 @dataclass(frozen=True, slots=True)
+class Wire:
+    """What a moved row costs in the unit of a `Cost`, on the way that carries more."""
+
+    far: tuple[int, int]
+    """Of a query row, of a key/value row, between a rank and a server on another node."""
+    near: tuple[int, int]
+    """The same on one node."""
+    ranks_per_node: int = 1
+    """Ranks are on nodes in their order; dedicated servers are on nodes of their own."""
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionShape:
     """One layer's attention: query heads, key/value heads, head size, bytes of an element and of a statistic (LSE,
     delta). FLOPs and bytes as in the paper (arXiv 2510.18121, section 3)."""
@@ -132,13 +144,21 @@ class AttentionShape:
         """Of attending `pairs` (query, key) pairs: two matrix products forward, five backward."""
         return (10.0 if backward else 4.0) * pairs * self.query_heads * self.head_dim
 
-    def wire_bytes(self, query_rows: int, kv_rows: int) -> int:
-        """Forward and backward, both ways, of serving that many query and key/value rows away from their home.
+    def wire_bytes(self, query_rows: int, kv_rows: int, backward: bool = False) -> int:
+        """Both ways, of serving that many query and key/value rows away from their home."""
+        there = self.bytes_to_server(query_rows, kv_rows, backward)
+        return there + self.bytes_to_trainer(query_rows, kv_rows, backward)
 
-        Forward: q, k, v out; out, lse back. Backward: q, k, v, d_out, lse, delta out; dq, dk, dv back."""
-        query, kv = (
-            self.query_heads * self.head_dim * self.element_bytes,
-            self.kv_heads * self.head_dim * self.element_bytes,
-        )
-        statistics = 3 * self.query_heads * self.statistic_bytes
-        return query_rows * (5 * query + statistics) + kv_rows * 6 * kv
+    def bytes_to_server(self, query_rows: int, kv_rows: int, backward: bool = False) -> int:
+        """Forward: q, k, v. Backward: q, d_out, lse, delta, k, v."""
+        query, kv, statistic = self._row_bytes()
+        return query_rows * (2 * (query + statistic) if backward else query) + kv_rows * 2 * kv
+
+    def bytes_to_trainer(self, query_rows: int, kv_rows: int, backward: bool = False) -> int:
+        """Forward: out, lse. Backward: dq, dk, dv."""
+        query, kv, statistic = self._row_bytes()
+        return query_rows * query + (kv_rows * 2 * kv if backward else query_rows * statistic)
+
+    def _row_bytes(self) -> tuple[int, int, int]:
+        per_head = self.head_dim * self.element_bytes
+        return self.query_heads * per_head, self.kv_heads * per_head, self.query_heads * self.statistic_bytes

@@ -15,7 +15,6 @@ from __future__ import annotations
 import numpy as np
 
 from distca.arrays import order_by, sum_by
-from distca.cost import Cost
 from distca.masks import Mask, MaskRule, mask_of, tighten
 from distca.placement import Segments
 from distca.plan import MILLION, Plan, PlanInputs, bands_in, shares
@@ -24,11 +23,9 @@ TOLERANCE = 100_000
 """As published, in millionths."""
 
 
-def greedy_plan(
-    inputs: PlanInputs, rule: MaskRule | Mask, cost: Cost | None = None, tolerance: int = TOLERANCE
-) -> Plan:
-    """The paper's plan of a micro-batch: it makes pairs even, whatever the `cost` that its loads are told in. Servers
-    that live nowhere start without work, ranks without a server lend theirs one."""
+def greedy_plan(inputs: PlanInputs, rule: MaskRule | Mask, direction: int = 0, tolerance: int = TOLERANCE) -> Plan:
+    """The paper's plan of a micro-batch: it makes pairs even, whatever the direction's cost, which its loads are told
+    in. Servers that live nowhere start without work, ranks without a server lend theirs one."""
     mask, size = mask_of(rule, inputs.lengths), inputs.pool.ranks_per_home
     segments, item, item_rank = _head_and_tail(inputs.lengths, inputs.num_ranks)
     home = {rank: server for server, rank in enumerate(inputs.pool.home) if rank is not None}
@@ -45,7 +42,7 @@ def greedy_plan(
     return Plan(
         inputs.lengths,
         mask,
-        cost or inputs.costs[0],
+        inputs.costs[direction],
         segments,
         inputs.pool,
         document[useful],
@@ -56,13 +53,11 @@ def greedy_plan(
     )
 
 
-def even_greedy_plan(
-    inputs: PlanInputs, rule: MaskRule | Mask, cost: Cost | None = None, imbalance: float = 1.02
-) -> Plan:
+def even_greedy_plan(inputs: PlanInputs, rule: MaskRule | Mask, direction: int = 0, imbalance: float = 1.02) -> Plan:
     """The same with a tolerance that shrinks until the worst server is at most `imbalance` times its share."""
     tolerance = TOLERANCE
     for _ in range(9):
-        plan = greedy_plan(inputs, rule, cost, tolerance)
+        plan = greedy_plan(inputs, rule, direction, tolerance)
         if plan.imbalance() <= imbalance:
             break
         tolerance //= 4

@@ -180,7 +180,7 @@ def _lay_pairs(documents, lengths, work, mean, ranks, filler, block) -> list[tup
                     waiting.pop()
                     rows = 0
             if not rows:  # every rank has its share: spread what is left, in quarters of a share
-                rows = min(max(2 * block, UNIT * mean // 4 // per_row), tail - head)
+                rows = min(max(2 * block, UNIT * mean // 4 // max(per_row, 1)), tail - head)
                 while (rank := ranks.roomiest(rows)) is None:
                     rows = max(1, rows // 2)
             half = max(block, _nearest(rows // 2, block))

@@ -18,7 +18,7 @@ from math import isqrt
 import numpy as np
 
 from distca.arrays import order_by, spread, sum_by
-from distca.cost import Cost, PairCost, cost_from_words
+from distca.cost import Cost, PairCost, Wire, cost_from_words
 from distca.masks import Bands, Mask, MaskRule, crop, intersect
 from distca.placement import Segments
 
@@ -68,6 +68,8 @@ class PlanInputs:
     group: int = 4  # query heads per key/value head: what moving a query row costs, in key/value rows
     costs: tuple[Cost, ...] = (PairCost(),)
     """One plan for each: forward and backward may be planned apart, or together by the sum of their costs."""
+    wires: tuple[Wire, ...] = ()
+    """What moving costs, one for each of `costs`, if work is to stay at home where moving it does not pay."""
 
     def to_words(self) -> np.ndarray:
         """As int64 words, to cross a wire without pickle. Rules only: nobody sends a `Mask`."""
@@ -79,6 +81,7 @@ class PlanInputs:
             [0 if h is None else h + 1 for h in pool.home],
             [len(words) for words in costs],
             [word for words in costs for word in words],
+            [word for wire in self.wires for word in (*wire.far, *wire.near, wire.ranks_per_node)],
             self.lengths.tolist(),
         ]
         return np.array([len(sections), *map(len, sections), *(word for s in sections for word in s)], np.int64)
@@ -88,18 +91,19 @@ class PlanInputs:
         num_sections = int(words[0])
         ends = np.cumsum(words[1 : num_sections + 1]) + num_sections + 1
         # a message may be longer than its last section, up to its alignment
-        head, windows, capacity, home, sizes, costs, lengths, _ = np.split(words, ends)
+        head, windows, capacity, home, sizes, costs, wires, lengths, _ = np.split(words, ends)
         num_ranks, tolerance, block, group, ranks_per_home = head[num_sections + 1 :].tolist()
         pool = Pool(tuple(capacity.tolist()), tuple(h - 1 if h else None for h in home.tolist()), ranks_per_home)
         rules = tuple(MaskRule(window) for window in windows.tolist())
         costs = tuple(cost_from_words(part.tolist()) for part in np.split(costs, np.cumsum(sizes)[:-1]))
-        return PlanInputs(lengths, rules, num_ranks, pool, tolerance, block, group, costs)
+        wires = tuple(Wire((a, b), (c, d), ranks) for a, b, c, d, ranks in wires.reshape(-1, 5).tolist())
+        return PlanInputs(lengths, rules, num_ranks, pool, tolerance, block, group, costs, wires)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """CA-tasks of one micro-batch under one mask, with their servers. Sorted by document, first row, first key: the
-    plan's order."""
+    plan's order. Equal only to itself; compare digests."""
 
     lengths: np.ndarray  # (documents,) int64
     mask: Mask

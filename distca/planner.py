@@ -48,6 +48,7 @@ from distca.arrays import order_by, spread, sum_by
 from distca.cost import Cost
 from distca.leveling import level
 from distca.masks import Bands, Mask, MaskRule, crop, mask_of, tighten
+from distca.payoff import fastest
 from distca.placement import Segments, place, split_ranks
 from distca.plan import MILLION, Plan, PlanInputs, Pool, bands_in, limits, shares
 
@@ -55,10 +56,10 @@ NOBODY = -1  # inside this file: no server
 ROUNDS = 3  # a cut costs a server a little more than it saves another, unless costs are pairs; then one round is enough
 
 
-def plan_step(inputs: PlanInputs, rule: MaskRule | Mask, cost: Cost | None = None) -> Plan:
-    """Plan one micro-batch under one of its mask rules and one of its costs (the first by default). All plans of the
-    same inputs have the same placement."""
-    pool, cost = inputs.pool, cost or inputs.costs[0]
+def plan_step(inputs: PlanInputs, rule: MaskRule | Mask, direction: int = 0) -> Plan:
+    """Plan one micro-batch under one of its mask rules and the cost of one direction, a number in `inputs.costs`. All
+    plans of the same inputs have the same placement."""
+    pool, cost = inputs.pool, inputs.costs[direction]
     # from here on documents go by their place in this order: their numbers decide nothing
     by_length = order_by(int(inputs.lengths.max(initial=0)) - inputs.lengths)
     lengths = inputs.lengths[by_length]
@@ -71,21 +72,31 @@ def plan_step(inputs: PlanInputs, rule: MaskRule | Mask, cost: Cost | None = Non
     at, pieces = at[useful], pieces[useful]
     costs = cost.of(pieces)
     server = _adopt(server, sum_by(at, costs, len(server)), shares(int(costs.sum()), pool))
-    document, bands, server = _even_out(homes.document[at], pieces, server[at], cost, inputs)
-    document = by_length[document]
-    order = order_by(document, bands.q0, bands.k0)
-    return Plan(
-        inputs.lengths,
-        mask_of(rule, inputs.lengths),
-        cost,
-        replace(segments, document=by_length[segments.document]),
-        pool,
-        document[order],
-        bands[order],
-        server[order],
-        inputs.tolerance,
-        inputs.block,
-    )
+
+    def plan_at(tolerance: int) -> Plan:
+        document, bands, at_server = _even_out(homes.document[at], pieces, server[at], cost, tolerance, inputs)
+        document = by_length[document]
+        order = order_by(document, bands.q0, bands.k0)
+        return Plan(
+            inputs.lengths,
+            mask_of(rule, inputs.lengths),
+            cost,
+            replace(segments, document=by_length[segments.document]),
+            pool,
+            document[order],
+            bands[order],
+            at_server[order],
+            tolerance,
+            inputs.block,
+        )
+
+    return fastest(plan_at, inputs.tolerance, inputs.wires[direction]) if inputs.wires else plan_at(inputs.tolerance)
+
+
+def plan_directions(inputs: PlanInputs, rule: MaskRule | Mask) -> tuple[Plan, Plan]:
+    """The plans of forward and backward; the same one where one cost stands for both."""
+    plans = [plan_step(inputs, rule, direction) for direction in range(len(inputs.costs))]
+    return plans[0], plans[-1]
 
 
 def _homes(lengths, work, inputs: PlanInputs) -> tuple[Segments, Segments, np.ndarray]:
@@ -140,26 +151,26 @@ def _adopt(server: np.ndarray, costs: np.ndarray, share: np.ndarray) -> np.ndarr
     return adopted
 
 
-def _even_out(document, bands: Bands, server, cost: Cost, inputs: PlanInputs) -> tuple[np.ndarray, Bands, np.ndarray]:
+def _even_out(
+    document, bands: Bands, server, cost: Cost, tolerance: int, inputs: PlanInputs
+) -> tuple[np.ndarray, Bands, np.ndarray]:
     """Tasks at home -> tasks of servers that are all within the tolerance: document, band, server of each."""
     pool = inputs.pool
     for _ in range(ROUNDS):
         costs = cost.of(bands)
         total, load = int(costs.sum()), sum_by(server, costs, len(pool))
-        if (load <= limits(total, pool, inputs.tolerance)).all():
+        if (load <= limits(total, pool, tolerance)).all():
             return document, bands, server
-        moved = _share_out(
-            document, bands, costs, server, load, limits(total, pool, inputs.tolerance * 3 // 4), cost, inputs
-        )
+        moved = _share_out(document, bands, costs, server, load, limits(total, pool, tolerance * 3 // 4), cost, inputs)
         stays = np.ones(len(bands), bool)
         stays[moved.given] = False
         document = np.concatenate([document[stays], document[moved.piece]])
         bands, server = _join(bands[stays], moved.tiles), np.concatenate([server[stays], moved.server])
     costs = cost.of(bands)
     total, share = int(costs.sum()), shares(int(costs.sum()), pool)
-    allowed = limits(total, pool, inputs.tolerance)
+    allowed = limits(total, pool, tolerance)
     if (sum_by(server, costs, len(pool)) > allowed).any():
-        largest_tile = int(share.min()) * inputs.tolerance // MILLION // 2
+        largest_tile = int(share.min()) * tolerance // MILLION // 2
         task, bands, server = level(bands, server, cost, share, allowed, inputs.block, largest_tile)
         document = document[task]
     return document, bands, server

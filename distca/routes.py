@@ -82,14 +82,14 @@ class Routes:
         """How many query rows and key/value rows are attended away from their home rank."""
         return tuple(int(x.rows[_is_away(x, self.pool)].sum()) for x in (self.queries, self.keys))
 
-    def traffic(self, group: int, num_ranks: int) -> tuple[np.ndarray, np.ndarray]:
-        """(servers,) and (ranks,) int64: what each receives and sends one way, in half key/value rows; a query row
-        counts `group` of these."""
+    def traffic(self, num_ranks: int, query, key) -> tuple[np.ndarray, np.ndarray]:
+        """(servers,) and (ranks,) int64: what each receives and sends away from home, if a query row weighs `query`
+        and a key/value row `key`: a number, or one for each shipment."""
         received, sent = np.zeros(len(self.pool), np.int64), np.zeros(num_ranks, np.int64)
-        for shipments, halves in ((self.queries, group), (self.keys, 2)):
-            away = _is_away(shipments, self.pool)
-            received += halves * sum_by(shipments.server[away], shipments.rows[away], len(received))
-            sent += halves * sum_by(shipments.rank[away], shipments.rows[away], num_ranks)
+        for shipments, weight in ((self.queries, query), (self.keys, key)):
+            rows = np.where(_is_away(shipments, self.pool), shipments.rows * weight, 0)
+            received += sum_by(shipments.server, rows, len(received))
+            sent += sum_by(shipments.rank, rows, num_ranks)
         return received, sent
 
 

@@ -96,7 +96,7 @@ class PlanScore:
 def score(name: str, plan: Plan, group: int, plan_ms: float) -> PlanScore:
     routes = routes_of(plan)
     q_rows, kv_rows = routes.moved_rows()
-    worst = max(x.max() for x in routes.traffic(group, int(plan.segments.rank.max(initial=0)) + 1)) / 2
+    worst = max(x.max() for x in routes.traffic(int(plan.segments.rank.max(initial=0)) + 1, group, 2)) / 2
     return PlanScore(name, _spread(plan.load(), plan.pool.capacity), group * q_rows + kv_rows, float(worst), plan_ms)
 
 

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from distca.config import RunSettings, dump_settings, load_settings
 from distca.errors import DataError, SettingsError, TryAgain, UserError
+from distca.hardware import costs_of
 from distca.launch.cluster import (
     Worker,
     WorkerFailed,
@@ -387,6 +388,7 @@ def _prepare(settings: RunSettings, console: Console) -> tuple[Path, ...]:
     m, device = settings.model, "cuda" if _use_gpus(settings) else "cpu"
     config = read_config(m.path, m.config, m.revision)
     refuse_kernels(config, backend_of(settings), DTYPES[settings.train.precision], device)
+    costs_of(settings.planner)  # a table that cannot be read is refused here, before any process starts
     with console.status("preparing documents"):
         return prepare(settings.data, config.vocab_size)
 

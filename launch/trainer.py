@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from distca.config import RunSettings
 from distca.cost import AttentionShape
+from distca.hardware import costs_of, wires_of
 from distca.kernels.merge import statistics_dtype
 from distca.launch.cluster import LOOPBACK, connect_store
 from distca.launch.data import Corpus, DocumentStream, Rows, num_targets
@@ -33,7 +34,7 @@ from distca.parallel.engine import DTYPES, Engine, PlainEngine
 from distca.parallel.link import LocalLink
 from distca.parallel.server import AttentionServer, ServerReport
 from distca.plan import MILLION, PlanInputs, combined_digest, imbalance
-from distca.planner import plan_step
+from distca.planner import plan_directions
 from distca.routes import TrainerRoute, routes_of
 
 logger = logging.getLogger(__name__)
@@ -43,9 +44,9 @@ logger = logging.getLogger(__name__)
 class PlanSummary:
     """A step's plans in numbers, summed over micro-batches and layers."""
 
-    load_at_home: np.ndarray  # (trainers,) int64 pairs, if every row were attended where it lives
-    load: np.ndarray  # (servers,) int64 pairs, as planned
-    num_tasks: int  # of one layer of each mask rule
+    load_at_home: np.ndarray  # (trainers,) int64 cost, if every row were attended where it lives
+    load: np.ndarray  # (servers,) int64 cost, as planned
+    num_tasks: int  # of one layer of each mask rule and plan
     predicted_bytes: int  # on the wire, forward and backward
 
     def __add__(self, other: PlanSummary) -> PlanSummary:
@@ -63,7 +64,7 @@ class MicroBatch:
     pieces: Pieces
     inputs: PlanInputs
     digest: int
-    routes: dict[MaskRule, TrainerRoute]
+    routes: dict[MaskRule, tuple[TrainerRoute, TrainerRoute]]  # forward and backward
     rows: Rows
     summary: PlanSummary
 
@@ -122,6 +123,8 @@ class Trainer:
         )
         self._calls = probe(self._module, backend_of(settings))
         self._rules = tuple(sorted({call.rule for call in self._calls}))
+        self._costs = costs_of(settings.planner)
+        self._wires = wires_of(settings.planner, _shape(self._calls[0], DTYPES[settings.train.precision]))
         if m.activation_checkpointing:
             checkpoint_activations(self._module.model)
         self._module.train()
@@ -224,24 +227,29 @@ class Trainer:
     def _plan(self, number: int, pieces: Pieces) -> MicroBatch:
         planner, trainers = self._settings.planner, self._settings.parallel.trainers
         tolerance, group = round(planner.tolerance * MILLION), max(c.query_heads // c.kv_heads for c in self._calls)
-        inputs = PlanInputs(pieces.lengths, self._rules, trainers, self._pool, tolerance, planner.block, group)
-        plans = {rule: plan_step(inputs, rule) for rule in self._rules}
-        routes = {rule: routes_of(plan) for rule, plan in plans.items()}
-        mine = next(iter(plans.values())).segments.of_rank(self._rank)
+        inputs = PlanInputs(
+            pieces.lengths, self._rules, trainers, self._pool, tolerance, planner.block, group, self._costs, self._wires
+        )
+        plans = {rule: plan_directions(inputs, rule) for rule in self._rules}
+        routes = {plan: routes_of(plan) for both in plans.values() for plan in both}
+        my_routes = {plan: r.of_trainer(self._rank) for plan, r in routes.items()}
+        mine = plans[self._rules[0]][0].segments.of_rank(self._rank)
         rows = self._stream.rows(pieces, mine.document, mine.start, mine.end)
         load_at_home, load, moved = np.zeros(trainers, np.int64), np.zeros(len(self._pool), np.int64), 0
         for call in self._calls:
-            plan = plans[call.rule]
-            load_at_home, load = load_at_home + plan.load_at_home(), load + plan.load()
-            moved += _shape(call, DTYPES[self._settings.train.precision]).wire_bytes(*routes[call.rule].moved_rows())
-        summary = PlanSummary(load_at_home, load, sum(len(plan.server) for plan in plans.values()), moved)
-        digest = combined_digest([r.digest for r in routes.values()])
+            for plan in set(plans[call.rule]):
+                load_at_home, load = load_at_home + plan.load_at_home(), load + plan.load()
+            shape = _shape(call, DTYPES[self._settings.train.precision])
+            for backward, plan in enumerate(plans[call.rule]):
+                moved += shape.wire_bytes(*routes[plan].moved_rows(), bool(backward))
+        summary = PlanSummary(load_at_home, load, sum(len(plan.server) for plan in routes), moved)
+        digest = combined_digest([routes[plan].digest for both in plans.values() for plan in both])
         return MicroBatch(
             number,
             pieces,
             inputs,
             digest,
-            {rule: r.of_trainer(self._rank) for rule, r in routes.items()},
+            {rule: tuple(my_routes[plan] for plan in both) for rule, both in plans.items()},
             rows,
             summary,
         )

@@ -121,7 +121,8 @@ class CoreAttention:
     exchange: Exchange
     step: int
     """Micro-batch number."""
-    routes: dict[MaskRule, TrainerRoute]
+    routes: dict[MaskRule, tuple[TrainerRoute, TrainerRoute]]
+    """Forward and backward."""
     _site: int = field(default_factory=itertools.count().__next__, init=False)
     _calls: itertools.count = field(default_factory=itertools.count, init=False)
     _pending: dict[int, Header] = field(default_factory=dict, init=False)
@@ -137,7 +138,7 @@ class CoreAttention:
         return out_THD
 
     def send_forward(self, q, k, v, call: int, window: int, scale: float, softcap: float) -> None:
-        route = self.routes[MaskRule(window)]
+        route = self.routes[MaskRule(window)][0]
         header = Header(
             FORWARD,
             self.step,
@@ -156,7 +157,7 @@ class CoreAttention:
 
     def wait_forward(self, q: torch.Tensor, call: int) -> tuple[torch.Tensor, torch.Tensor]:
         header = self._pending[call]
-        route, statistics = self.routes[MaskRule(header.window)], statistics_dtype(q.dtype)
+        route, statistics = self.routes[MaskRule(header.window)][0], statistics_dtype(q.dtype)
         out = torch.zeros(q.shape, dtype=q.dtype if route.rows_are_whole else statistics, device=q.device)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=statistics, device=q.device)
         for at, (part, part_lse) in self.exchange.wait_replies(route, header):
@@ -168,17 +169,17 @@ class CoreAttention:
         return out.to(q.dtype), lse
 
     def send_backward(self, q, k, v, out, lse, d_out, call: int) -> None:
-        header = self._pending[call] = replace(self._pending[call], kind=BACKWARD)
+        route = self.routes[MaskRule(self._pending[call].window)][1]
+        header = self._pending[call] = replace(self._pending[call], kind=BACKWARD, digest=route.digest)
         rows = [q, k, v, lse, delta_of(out, d_out), d_out]
-        self.exchange.dispatch(
-            self.routes[MaskRule(header.window)], header, rows, (False, True, True, False, False, False)
-        )
+        self.exchange.dispatch(route, header, rows, (False, True, True, False, False, False))
 
     def wait_backward(self, q_shape: torch.Size, k_shape: torch.Size, device: torch.device, call: int):
         header = self._pending.pop(call)
         dtype = DTYPES[header.dtype]
         dq, dk, dv = (torch.zeros(s, dtype=statistics_dtype(dtype), device=device) for s in (q_shape, k_shape, k_shape))
-        for at, (part_dq, part_dk, part_dv) in self.exchange.wait_replies(self.routes[MaskRule(header.window)], header):
+        route = self.routes[MaskRule(header.window)][1]
+        for at, (part_dq, part_dk, part_dv) in self.exchange.wait_replies(route, header):
             collect(dq, at.q_rows, part_dq)
             collect(dk, at.kv_rows, part_dk)
             collect(dv, at.kv_rows, part_dv)

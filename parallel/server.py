@@ -23,6 +23,7 @@ import torch
 
 from distca.kernels.attention import attend, attend_backward
 from distca.kernels.merge import statistics_dtype
+from distca.masks import MaskRule
 from distca.parallel.link import (
     BACKWARD,
     DTYPES,
@@ -37,7 +38,7 @@ from distca.parallel.link import (
     unpack,
 )
 from distca.plan import PlanInputs, combined_digest
-from distca.planner import plan_step
+from distca.planner import plan_directions
 from distca.routes import ServerRoute, TrainerRows, routes_of
 
 # Shape suffixes: S rows of queries on the server, C rows of keys on the server, H query heads, G key/value heads, D
@@ -67,7 +68,8 @@ class AttentionServer:
         self._links: dict[int, Link] = {}
         self._lock = threading.Lock()  # of the state below; nothing slow happens under it
         self._planning = threading.Lock()
-        self._routes: dict[int, dict[int, ServerRoute]] = {}  # micro-batch -> mask window -> route
+        # micro-batch -> mask window -> route forward and backward
+        self._routes: dict[int, dict[int, tuple[ServerRoute, ServerRoute]]] = {}
         self._announced: dict[int, int] = {}  # rank -> the micro-batch it is in
         self._waiting: dict[tuple[int, int, int], dict[int, tuple[Header, torch.Tensor]]] = {}
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
@@ -114,9 +116,11 @@ class AttentionServer:
         assert header.kind in (FORWARD, BACKWARD), f"a server cannot answer a message of kind {header.kind}"
         key = (header.step, header.call, header.kind)
         with self._lock:
-            route = self._routes.get(header.step, {}).get(header.window)
-            assert route, f"trainer {rank} calls micro-batch {header.step}, window {header.window}: nobody announced it"
-            parts = self._waiting.setdefault(key, {})
+            routes = self._routes.get(header.step, {}).get(header.window)
+            assert routes, (
+                f"trainer {rank} calls micro-batch {header.step}, window {header.window}: nobody announced it"
+            )
+            route, parts = routes[header.kind == BACKWARD], self._waiting.setdefault(key, {})
             parts[rank] = (header, payload)
             if len(parts) < len(route.links):
                 return
@@ -130,16 +134,20 @@ class AttentionServer:
         with self._planning:  # the first to announce has it planned, the others find the plan
             routes = self._routes.get(header.step)
             if routes is None:
-                made = {rule.window: routes_of(plan_step(inputs, rule)) for rule in inputs.rules}
-                routes = {window: r.of_server(self._number) for window, r in made.items()}
+                routes = {rule.window: self._routes_of(inputs, rule) for rule in inputs.rules}
                 with self._lock:
                     self._routes[header.step] = routes
-        digest = combined_digest([r.digest for r in routes.values()])
+        digest = combined_digest([route.digest for both in routes.values() for route in both])
         self._forget_plans(inputs.num_ranks)
         assert digest == header.digest, (
             f"trainer {rank} and server {self._number} made different plans for micro-batch {header.step} "
             f"({header.digest:016x} and {digest:016x}): they see different documents or run different versions"
         )
+
+    def _routes_of(self, inputs: PlanInputs, rule: MaskRule) -> tuple[ServerRoute, ServerRoute]:
+        forward, backward = plan_directions(inputs, rule)
+        route = routes_of(forward).of_server(self._number)
+        return route, route if backward is forward else routes_of(backward).of_server(self._number)
 
     def _forget_plans(self, num_ranks: int) -> None:
         """Drop the micro-batches that every trainer has left: between optimizer steps one may be many ahead of

@@ -31,8 +31,8 @@ PLACES = {
     "ray": ["launch/cluster.py"],
     "grpc": ["launch/cluster.py"],
     "matplotlib": ["launch/monitor.py", "launch/plan.py"],
-    "pydantic": ["distca/config.py"],
-    "yaml": ["distca/config.py"],
+    "pydantic": ["distca/config.py", "distca/hardware.py"],
+    "yaml": ["distca/config.py", "distca/hardware.py"],
     "tyro": ["launch/cli.py"],
     "rich": ["launch/cli.py", "launch/plan.py", "launch/train.py"],
 }

@@ -6,7 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from masks_painted import count, paint
 
-from distca.masks import UNBOUNDED, Bands, MaskRule, bands_of, crop, cut, tighten
+from distca.masks import (
+    UNBOUNDED,
+    Bands,
+    MaskRule,
+    bands_of,
+    chunk_mask,
+    crop,
+    cut,
+    intersect,
+    mask_of,
+    prefix_mask,
+    sink_mask,
+    tighten,
+)
 
 ROWS, KEYS = 18, 20
 
@@ -95,3 +108,40 @@ def test_rows_gives_back_what_of_took():
     rows = [(0, 3, 1, 4, -UNBOUNDED, 0), (5, 5, 2, 2, 1, UNBOUNDED)]
     assert Bands.of(*rows).rows() == rows
     assert Bands.of().rows() == []
+
+
+@given(bands(), bands())
+def test_an_intersection_has_the_pairs_of_both(some, others):
+    a, b = np.meshgrid(np.arange(len(some)), np.arange(len(others)))
+    both = intersect(some[a.ravel()], others[b.ravel()])
+    for i, (x, y) in enumerate(zip(a.ravel(), b.ravel(), strict=True)):
+        wanted = paint(some[x : x + 1], ROWS, KEYS) & paint(others[y : y + 1], ROWS, KEYS)
+        assert np.array_equal(paint(both[i : i + 1], ROWS, KEYS), wanted)
+
+
+MASKS = {  # does row q of a document see key k?
+    "prefix": (lambda n: prefix_mask(n, n // 3), lambda q, k, n: k <= q or k < n // 3),
+    "sinks and window": (lambda n: sink_mask(n, 2, 5), lambda q, k, n: k <= q and (k < 2 or q - k < 5)),
+    "chunks": (lambda n: chunk_mask(n, 7), lambda q, k, n: k <= q and q // 7 == k // 7),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_of_several_bands_allow_each_pair_once(name):
+    make, sees = MASKS[name]
+    lengths = np.array([0, 1, 2, 6, 7, 8, 20])
+    mask = make(lengths)
+    assert (np.diff(mask.document) >= 0).all()
+    for document, length in enumerate(lengths.tolist()):
+        wanted = [[sees(q, k, length) for k in range(length)] for q in range(length)]
+        counted = count(mask.bands[mask.document == document], length, length)
+        assert np.array_equal(counted, np.array(wanted, np.int64).reshape(length, length))
+
+
+def test_documents_of_a_mask_are_numbered_anew():
+    lengths = np.array([20, 3, 9])
+    mask = prefix_mask(lengths, np.array([5, 1, 0]))
+    chosen = mask.of_documents(np.array([2, 0]))
+    assert chosen.document.tolist() == [0, 0, 1, 1]
+    assert chosen.bands.rows() == mask.bands[[4, 5, 0, 1]].rows()
+    assert mask_of(mask, lengths) is mask

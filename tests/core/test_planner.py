@@ -1,12 +1,16 @@
 """A plan keeps its promises for any documents, pool and mask; routes bring every task exactly its rows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distca.cost import PairCost, RowBlockCost, TableCost, Wire
 from distca.greedy import greedy_plan
-from distca.masks import MaskRule
+from distca.masks import UNBOUNDED, Bands, Mask, MaskRule, chunk_mask, prefix_mask, sink_mask
+from distca.payoff import predicted
 from distca.plan import PlanInputs, Pool, least_moved, make_pool
 from distca.planner import plan_step
 from distca.recovery import without_servers
@@ -207,3 +211,126 @@ def test_survivors_of_many_share_the_load_of_the_lost():
     for lost in ({5}, {0, 17, 63}):
         load = without_servers(plan, lost).load()
         assert load[list(lost)].sum() == 0 and load.max() < 2.1 * plan.load().mean()
+
+
+@st.composite
+def masks(draw, lengths):
+    """Any bands, none sharing a pair with another: each document's square is cut in four, each part gets a band."""
+    far = st.sampled_from([-UNBOUNDED, UNBOUNDED])
+    document, rows = [], []
+    for d, length in enumerate(lengths):
+        q, k = draw(st.integers(0, length)), draw(st.integers(0, length))
+        for q0, q1, k0, k1 in ((0, q, 0, k), (0, q, k, length), (q, length, 0, k), (q, length, k, length)):
+            if draw(st.booleans()):
+                diagonal = st.one_of(far, st.integers(-length, length))
+                rows.append((q0, q1, k0, k1, draw(diagonal), draw(diagonal)))
+                document.append(d)
+    return Mask(np.array(document, np.int64), Bands.of(*rows))
+
+
+COSTS = {
+    "pairs": PairCost(),
+    "row blocks": RowBlockCost(16, 20),
+    "table": TableCost((16, 64, 4096), (16, 256, 4096), ((90, 400, 5000), (300, 1500, 19000), (9000, 90000, 10**6))),
+}
+
+
+@settings(max_examples=120, deadline=None)
+@given(lengths_lists, pools, st.sampled_from(sorted(COSTS)), st.data())
+def test_any_bands_and_any_cost_are_planned_exactly(lengths, pool, cost, data):
+    num_ranks = max([2, *(h + 1 for h in pool.home if h is not None)])
+    lengths = padded(lengths, num_ranks)
+    mask = data.draw(masks(lengths.tolist()))
+    inputs = PlanInputs(lengths, (mask,), num_ranks, pool, 20_000, 16, costs=(COSTS[cost],))
+    plan = plan_step(inputs, mask)
+    plan.check()
+    assert plan.digest() == plan_step(inputs, mask).digest()
+
+
+@pytest.mark.parametrize("mask", ["prefix", "sinks and window", "chunks"])
+@pytest.mark.parametrize("cost", [PairCost(), RowBlockCost()], ids=["pairs", "row blocks"])
+def test_masks_of_several_bands_are_shared_evenly(mask, cost):
+    lengths = heavy_tailed(32, 65_536, 262_144, 0)
+    make = {
+        "prefix": lambda: prefix_mask(lengths, lengths // 4),
+        "sinks and window": lambda: sink_mask(lengths, 4, 8192),
+        "chunks": lambda: chunk_mask(lengths, 8192),
+    }
+    mask = make[mask]()
+    inputs = PlanInputs(lengths, (mask,), 32, make_pool(32, 0, True), 10_000, 128, costs=(cost,))
+    plan = plan_step(inputs, mask)
+    plan.check()
+    assert plan.imbalance() <= 1.01
+
+
+@pytest.mark.parametrize("cost", [RowBlockCost(), COSTS["table"]], ids=["row blocks", "table"])
+@pytest.mark.parametrize("pool", POOLS_OF_64.values(), ids=POOLS_OF_64)
+def test_every_pool_is_even_in_a_kernels_time(pool, cost):
+    ranks = max([32, *(h + 1 for h in pool.home if h is not None)])
+    lengths = heavy_tailed(ranks, 65_536, 262_144, 0)
+    plan = plan_step(PlanInputs(lengths, (MaskRule(),), ranks, pool, 10_000, 128, costs=(cost,)), MaskRule())
+    plan.check_cover()
+    assert plan.imbalance() <= 1.01
+
+
+@pytest.mark.parametrize(
+    ("bands", "complaint"),
+    [
+        (Bands.of((0, 2, 0, 3, -UNBOUNDED, 0)), "pairs planned"),
+        (Bands.of((0, 3, 0, 3, 0, UNBOUNDED)), "forbids"),  # as many pairs, on the wrong side of the diagonal
+        (Bands.of((2, 3, 0, 3, -UNBOUNDED, UNBOUNDED), (2, 3, 0, 3, -UNBOUNDED, 2)), "share pairs"),
+    ],
+)
+def test_a_wrong_cover_is_noticed(bands, complaint):
+    plan = plan_step(PlanInputs(np.array([3]), (MaskRule(),), 1, make_pool(1, 0, True), 0, 16), MaskRule())
+    zeros = np.zeros(len(bands), np.int64)
+    plan.check_cover()
+    with pytest.raises(AssertionError, match=complaint):
+        replace(plan, document=zeros, bands=bands, server=zeros).check_cover()
+
+
+def test_a_server_may_be_a_group_of_ranks():
+    lengths = heavy_tailed(32, 16_384, 131_072, 3)
+    grouped = PlanInputs(lengths, (MaskRule(),), 32, make_pool(32, 1, True, ranks_per_home=8), 10_000, 128)
+    single = PlanInputs(lengths, (MaskRule(),), 32, make_pool(32, 1, True), 10_000, 128)
+    plan = plan_step(grouped, MaskRule())
+    plan.check()
+    assert len(plan.pool) == 5 and set(plan.segments.rank) == set(range(32))
+    s = plan.segments
+    for rank in range(32):
+        mine = s.of_rank(rank)
+        assert (mine.row == np.cumsum(mine.end - mine.start) - (mine.end - mine.start)).all(), "rows lie end to end"
+    moved = [4 * q + kv for q, kv in (routes_of(plan_step(i, MaskRule())).moved_rows() for i in (grouped, single))]
+    assert moved[0] < moved[1] / 2, "rows stay inside their group"
+
+
+def test_where_the_wire_is_slow_work_stays_at_home():
+    lengths = heavy_tailed(16, 8_192, 32_768, 1)
+    inputs = PlanInputs(lengths, (MaskRule(),), 16, make_pool(16, 0, True), 10_000, 128)
+    at_home = plan_step(replace(inputs, tolerance=10**9), MaskRule())
+    even, moved, times = plan_step(inputs, MaskRule()), [], []
+    for price in (0, 100, 1_000, 10_000, 1_000_000):
+        wire = Wire(far=(2 * price, price), near=(price // 10, price // 20), ranks_per_node=4)
+        plan = plan_step(replace(inputs, wires=(wire,)), MaskRule())
+        assert predicted(plan, wire) <= min(predicted(even, wire), predicted(at_home, wire))
+        moved.append(sum(routes_of(plan).moved_rows()))
+        times.append(predicted(plan, wire))
+    assert predicted(at_home) == at_home.load().max()
+    assert moved[0] == sum(routes_of(even).moved_rows()) > moved[-1] and times == sorted(times)
+
+
+@given(
+    st.lists(st.integers(0, 2**40), max_size=5),
+    st.sampled_from(sorted(COSTS)),
+    st.booleans(),
+    st.sampled_from([make_pool(8, 2, True, 35, 4), Pool((100, 7, 35), (None, None, 0))]),
+    st.integers(0, 3),
+)
+def test_inputs_cross_a_wire(lengths, cost, two, pool, padding):
+    costs = (COSTS[cost], RowBlockCost())[: 1 + two]
+    wires = (Wire((5, 3), (2, 1), 8),) * (len(lengths) % 2 * len(costs))
+    inputs = PlanInputs(np.array(lengths, np.int64), (MaskRule(), MaskRule(7)), 8, pool, 1, 16, 7, costs, wires)
+    words = np.append(inputs.to_words(), np.zeros(padding, np.int64))
+    again = PlanInputs.from_words(words)
+    assert again.lengths.tolist() == lengths
+    assert replace(again, lengths=inputs.lengths) == inputs

@@ -6,11 +6,12 @@ import torch
 from dense import dense_attention, relative_error
 from in_process import attend_distributed, attention_of_ranks, make_exchanges
 
+from distca.cost import PairCost, TableCost
 from distca.masks import MaskRule
 from distca.parallel.core_attention import collect
 from distca.parallel.link import LinkError
 from distca.plan import PlanInputs, make_pool
-from distca.planner import plan_step
+from distca.planner import plan_directions, plan_step
 from distca.routes import routes_of
 
 POOLS = {
@@ -66,6 +67,20 @@ def test_grouped_heads_and_windows(window, heads, kv_heads, backend):
     got = attend_distributed(attention_of_ranks(exchanges, inputs), q, k, v, d_out, MaskRule(window))
     for a, b in zip(got, dense_gradients(q, k, v, d_out, lengths, window), strict=True):
         assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("pool", ["in place", "mixed 2"])
+def test_backward_may_have_a_plan_of_its_own(pool):
+    """Other tiles and other servers than forward, and the same gradients."""
+    lengths, pool = [700, 1, 199], POOLS[pool](3)
+    q, k, v, d_out = random_rows(900, 4, 2, 16)
+    costs = (PairCost(), TableCost((16, 900), (16, 900), ((100, 110), (120, 90_000))))
+    inputs = PlanInputs(np.array(lengths), (MaskRule(), MaskRule(50)), 3, pool, 0, 16, costs=costs)
+    forward, backward = plan_directions(inputs, MaskRule())
+    assert forward.digest() != backward.digest()
+    sites = attention_of_ranks(make_exchanges(3, pool)[0], inputs)
+    for a, b in zip(attend_distributed(sites, q, k, v, d_out), dense_gradients(q, k, v, d_out, lengths), strict=True):
+        assert relative_error(a, b) < 1e-13
 
 
 def test_softcap_is_computed_by_the_reference_and_refused_by_torch():

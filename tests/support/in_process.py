@@ -11,7 +11,7 @@ from distca.parallel.core_attention import CoreAttention, Exchange
 from distca.parallel.link import LocalLink
 from distca.parallel.server import AttentionServer
 from distca.plan import PlanInputs, combined_digest
-from distca.planner import plan_step
+from distca.planner import plan_directions
 from distca.routes import routes_of
 
 CAUSAL = MaskRule()
@@ -38,16 +38,17 @@ class Sites(list):
 
 def attention_of_ranks(exchanges, inputs: PlanInputs, step=0):
     """Announce a micro-batch and give every rank's CoreAttention."""
-    plans = {rule: plan_step(inputs, rule) for rule in inputs.rules}
-    routes = {rule: routes_of(plan) for rule, plan in plans.items()}
-    s = plans[inputs.rules[0]].segments
+    plans = {rule: plan_directions(inputs, rule) for rule in inputs.rules}
+    routes = {rule: tuple(routes_of(plan) for plan in both) for rule, both in plans.items()}
+    s = plans[inputs.rules[0]][0].segments
     first = np.cumsum(inputs.lengths) - inputs.lengths
     tokens = torch.from_numpy(ranges(first[s.document] + s.start, s.end - s.start))
-    digest = combined_digest([r.digest for r in routes.values()])
+    digest = combined_digest([r.digest for both in routes.values() for r in both])
     sites = []
     for exchange in exchanges:
         exchange.announce(step, inputs, digest)
-        sites.append(CoreAttention(exchange, step, {rule: r.of_trainer(exchange.rank) for rule, r in routes.items()}))
+        mine = {rule: tuple(r.of_trainer(exchange.rank) for r in both) for rule, both in routes.items()}
+        sites.append(CoreAttention(exchange, step, mine))
     return Sites(sites, tokens)
 
 

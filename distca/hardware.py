@@ -1,0 +1,105 @@
+"""What do attention and the wire cost on this hardware?
+
+`configs/hardware/NAME.yaml` holds times measured on one kind of device (rows x keys tiles, forward and backward). The
+planner's settings name such a file, or a formula, and the speed of the wire; this file turns them into the whole
+numbers that plans are made from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from distca.config import PlannerSettings
+from distca.cost import PICOSECONDS, AttentionShape, Cost, PairCost, RowBlockCost, TableCost, Wire
+from distca.errors import SettingsError
+
+
+class HardwareTable(BaseModel):
+    """Seconds of one layer's attention on full tiles of rows[i] x keys[j], alone on the device."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str
+    """Name of the device as its driver gives it."""
+    versions: dict[str, str]
+    """Of torch, triton, driver."""
+    date: str
+    command: str
+    """What measured it."""
+    backend: str
+    query_heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    dtype: Literal["bf16", "fp16", "fp32"]
+    rows: tuple[PositiveInt, ...]
+    keys: tuple[PositiveInt, ...]
+    forward_s: tuple[tuple[PositiveFloat, ...], ...]
+    backward_s: tuple[tuple[PositiveFloat, ...], ...]
+    fit: dict[str, dict[str, float]] = {}
+    """For people: per direction, seconds of a row block as a + b x key blocks, with the fit's errors."""
+
+    @model_validator(mode="after")
+    def _is_a_table(self) -> HardwareTable:
+        for grid in (self.rows, self.keys):
+            if len(grid) < 2 or any(a >= b for a, b in zip(grid, grid[1:], strict=False)):
+                raise ValueError(f"rows and keys must be two or more ascending numbers, got {list(grid)}")
+        for name in ("forward_s", "backward_s"):
+            if [len(row) for row in getattr(self, name)] != [len(self.keys)] * len(self.rows):
+                raise ValueError(f"{name} must be {len(self.rows)} lists of {len(self.keys)} times")
+        return self
+
+    def cost(self, *directions: Literal["forward", "backward"]) -> TableCost:
+        """The table of one direction, or of both together."""
+        tables = [self.forward_s if direction == "forward" else self.backward_s for direction in directions]
+        seconds = [[sum(cell) for cell in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
+        picoseconds = tuple(tuple(max(1, round(s * PICOSECONDS)) for s in row) for row in seconds)
+        return TableCost(self.rows, self.keys, picoseconds)
+
+
+def read_hardware(path: str | Path) -> HardwareTable:
+    """Raise SettingsError, in words, for a file that is no table."""
+    try:
+        return HardwareTable.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise SettingsError(f"planner.cost: cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
+        raise SettingsError(f"planner.cost: {path} is not a table of measured kernel times: {error}") from None
+
+
+def costs_of(planner: PlannerSettings) -> tuple[Cost, ...]:
+    """One cost for both directions, or one for each."""
+    two = planner.backward == "own-plan"
+    if planner.cost in ("pairs", "row-blocks"):
+        return (PairCost() if planner.cost == "pairs" else RowBlockCost(),) * (1 + two)
+    table = read_hardware(planner.cost)
+    return (table.cost("forward"), table.cost("backward")) if two else (table.cost("forward", "backward"),)
+
+
+def wires_of(planner: PlannerSettings, shape: AttentionShape) -> tuple[Wire, ...]:
+    """For each of `costs_of`, the price of a row of `shape`; none where the settings do not say how fast the wire
+    is."""
+    if planner.wire.gb_per_s is None:
+        return ()
+    separate = planner.backward == "own-plan"
+    return tuple(_wire(planner, shape, d) for d in ([(False,), (True,)] if separate else [(False, True)]))
+
+
+def _wire(planner: PlannerSettings, shape: AttentionShape, directions: tuple[bool, ...]) -> Wire:
+    wire = planner.wire
+    if wire.tflops is None:
+        units_per_s = float(PICOSECONDS)
+    else:
+        units_per_s = wire.tflops * 1e12 / sum(shape.flops(1, backward) for backward in directions)
+
+    def price(query_rows: int, kv_rows: int, gb_per_s: float) -> int:
+        ways = (shape.bytes_to_server, shape.bytes_to_trainer)
+        most = max(sum(way(query_rows, kv_rows, backward) for backward in directions) for way in ways)
+        return round(most / (gb_per_s * 1e9) * units_per_s)
+
+    near = wire.gb_per_s_in_node or wire.gb_per_s
+    far_near = (tuple(price(*row, speed) for row in ((1, 0), (0, 1))) for speed in (wire.gb_per_s, near))
+    return Wire(*far_near, wire.ranks_per_node)
