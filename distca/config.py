@@ -234,6 +234,13 @@ class MonitorSettings(Settings):
     """Steps between pictures (document lengths, load per server)."""
 
 
+class StudySettings(Settings):
+    """What `distca plan` needs to know without a run file."""
+
+    seed: int = Field(0, ge=0)
+    planner: PlannerSettings
+
+
 class RunSettings(Settings):
     """One run: everything that decides what it computes and where."""
 
@@ -321,10 +328,20 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSetting
     return validate_settings(values, str(path))
 
 
-def validate_settings(values: dict[str, Any], origin: str = "settings") -> RunSettings:
+def study_settings(overrides: Sequence[str]) -> StudySettings:
+    """The settings of a study without a run file: `--planner.key value` and `--seed value` over its defaults."""
+    values: dict[str, Any] = {"planner": {"tolerance": 0.01}}
+    for key, value in _parse_overrides(overrides):
+        if key.partition(".")[0] not in StudySettings.model_fields:
+            raise SettingsError(f"--{key}: without a run file only --planner.key and --seed can be given")
+        _put(values, key, value)
+    return validate_settings(values, model=StudySettings)
+
+
+def validate_settings(values: dict[str, Any], origin: str = "settings", model: type[Settings] = RunSettings) -> Any:
     """A mapping, as a run file holds it, to settings; raise `SettingsError` with every error found."""
     try:
-        return RunSettings.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         problems = _own_problems(error.errors())
         lines = [f"  {line}" for problem in problems for line in _sentence(problem).splitlines()]
@@ -369,13 +386,15 @@ def _allowed(kind: Any, limits: Sequence[Any] = ()) -> str:
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command line as (the command's own words, overrides): overrides are `--section.key value` and top-level
-    settings."""
+    """A command line as (the command's own words, overrides): overrides are `--section.key value` and the top level's
+    `--name` and `--seed`."""
     own, overrides, rest = [], [], list(arguments)
     while rest:
         word = rest.pop(0)
         name = word[2:].partition("=")[0].replace("-", "_")
-        if not word.startswith("--") or name.partition(".")[0] not in RunSettings.model_fields:
+        section, dot, _ = name.partition(".")
+        is_setting = section in RunSettings.model_fields if dot else name in ("name", "seed")
+        if not word.startswith("--") or not is_setting:
             own.append(word)
             continue
         overrides.append(word)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from distca.config import describe_settings, dump_settings, load_settings, split_overrides
+from distca.config import describe_settings, dump_settings, load_settings, split_overrides, study_settings
 from distca.errors import EXIT_OK, EXIT_OTHER, SettingsError, UserError
+
+if TYPE_CHECKING:
+    from distca.plan import PlanInputs
 
 ABOUT = """Train Hugging Face causal language models with their core attention on attention servers.
 
@@ -93,10 +96,15 @@ class Verify:
 @dataclass(frozen=True)
 class Plan:
     """Plan document lengths without running anything: balance, bytes and time beside the paper's greedy and a lower
-    bound."""
+    bound. With a run file, plan its own documents for its own pool; else `lengths`, or lengths drawn from `shape`.
+    Settings of the planner can be given as --planner.key value, the seed of drawn lengths as --seed value."""
 
+    run: tyro.conf.Positional[Path | None] = None
+    """YAML run file. What it says of trainers, tokens, pool and heads replaces the options below."""
+    micro_batch: int = 1
+    """Which of the run's micro-batches; 1 is the first."""
     lengths: Path | None = None
-    """Document lengths (tokens), a .json list or .npy column. Default: draw them from `shape`."""
+    """Document lengths (tokens), a .json list or .npy column."""
     shape: str = "heavy-tail"
     """Named synthetic lengths: heavy-tail, long-half, uniform, short or full."""
     context: int = 131072
@@ -107,35 +115,65 @@ class Plan:
     """Tokens on each rank."""
     pool: str = "in-place"
     """in-place, dedicated:N or mixed:N, with N dedicated attention servers."""
-    group: int = 4
-    """Query heads per key/value head: what moving a query row costs, in key/value rows."""
+    gpus_per_server: int = 1
+    """A group of so many trainers is one server, such as the GPUs of one NVLink domain; heads are split inside."""
+    query_heads: int = 32
+    """Of the model; with kv_heads and head_dim what a moved row costs (bf16)."""
+    kv_heads: int = 8
+    """Key/value heads of the model."""
+    head_dim: int = 128
+    """Size of a head."""
+    group: int | None = None
+    """Query heads per key/value head: what moving a query row costs, in key/value rows. Default: query_heads /
+    kv_heads."""
+    mask: str = "causal"
+    """causal, window:N, sinks:S+window:N, prefix:N or chunk:N, in tokens."""
     planner: Literal["tiles", "greedy", "greedy-even"] = "tiles"
     """Whose plan to draw and write; the table shows all."""
-    tolerance: float = 0.01
-    """How far a server may exceed its fair share."""
-    seed: int = 0
-    """Of drawn lengths."""
     plot: Path | None = None
     """Write a picture of the load per server before and after (PNG)."""
     json: Path | None = None
     """Write the plan: lengths, home segments, tasks with their servers."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
-        from distca.launch.plan import draw_lengths, parse_pool, read_lengths, study
+        from distca.launch.plan import parse_mask, study
 
-        _refuse_overrides("plan", overrides)
+        inputs = self._inputs(overrides)
+        inputs = replace(inputs, rules=(parse_mask(self.mask, inputs.lengths),))
+        directions = study(inputs, self.planner)
+        for name, result in zip(("forward", "backward"), directions, strict=False):
+            if len(directions) > 1:
+                console.print(f"\n[bold]{name}[/]")
+            console.print(result.table())
+        if self.plot:
+            directions[0].plot(self.plot)
+        if self.json:
+            directions[0].write_json(self.json)
+        return EXIT_OK
+
+    def _inputs(self, overrides: list[str]) -> PlanInputs:
+        if self.run:
+            from distca.launch.plan_inputs import inputs_of_run
+
+            return inputs_of_run(load_settings(self.run, overrides), self.micro_batch)
+        from distca.cost import AttentionShape
+        from distca.hardware import costs_of, wires_of
+        from distca.launch.plan import draw_lengths, parse_pool, read_lengths
+        from distca.masks import MaskRule
+        from distca.plan import MILLION, PlanInputs
+
+        settings = study_settings(overrides)
+        planner = settings.planner
         if self.lengths:
             lengths = read_lengths(self.lengths, self.trainers)
         else:
-            lengths = draw_lengths(self.shape, self.context, self.trainers * self.tokens_per_trainer, self.seed)
-        pool = parse_pool(self.pool, self.trainers)
-        result = study(lengths, self.trainers, pool, self.group, self.planner, self.tolerance)
-        console.print(result.table())
-        if self.plot:
-            result.plot(self.plot)
-        if self.json:
-            result.write_json(self.json)
-        return EXIT_OK
+            lengths = draw_lengths(self.shape, self.context, self.trainers * self.tokens_per_trainer, settings.seed)
+        pool, tolerance = parse_pool(self.pool, self.trainers, self.gpus_per_server), round(planner.tolerance * MILLION)
+        shape = AttentionShape(self.query_heads, self.kv_heads, self.head_dim, element_bytes=2)
+        group, costs, wires = self.query_heads // self.kv_heads, costs_of(planner), wires_of(planner, shape)
+        return PlanInputs(
+            lengths, (MaskRule(),), self.trainers, pool, tolerance, planner.block, self.group or group, costs, wires
+        )
 
 
 @dataclass(frozen=True)

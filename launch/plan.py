@@ -4,6 +4,7 @@ score."""
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from distca.cost import PairCost
 from distca.errors import SettingsError
 from distca.greedy import even_greedy_plan, greedy_plan
-from distca.masks import MaskRule
-from distca.plan import MILLION, Plan, PlanInputs, Pool, imbalance, least_moved, make_pool
+from distca.masks import Mask, MaskRule, chunk_mask, prefix_mask, sink_mask
+from distca.payoff import predicted
+from distca.plan import Plan, PlanInputs, Pool, imbalance, least_moved, make_pool
 from distca.planner import plan_step
 from distca.routes import routes_of
 
@@ -69,14 +72,29 @@ def read_lengths(path: Path, trainers: int) -> np.ndarray:
     return np.diff(ends, prepend=0)
 
 
-def parse_pool(text: str, trainers: int) -> Pool:
+def parse_pool(text: str, trainers: int, gpus_per_server: int = 1) -> Pool:
     """in-place, dedicated:N or mixed:N."""
+    if trainers % gpus_per_server:
+        raise SettingsError(f"{trainers} trainers are no whole number of servers of {gpus_per_server} GPUs")
     kind, _, count = text.partition(":")
     if text == "in-place":
-        return make_pool(trainers, 0, True)
+        return make_pool(trainers, 0, True, ranks_per_home=gpus_per_server)
     if kind in ("dedicated", "mixed") and count.isdigit() and int(count) > 0:
-        return make_pool(trainers, int(count), kind == "mixed")
+        return make_pool(trainers, int(count), kind == "mixed", ranks_per_home=gpus_per_server)
     raise SettingsError(f"pool '{text}': say in-place, dedicated:N or mixed:N with N attention servers")
+
+
+def parse_mask(text: str, lengths: np.ndarray) -> MaskRule | Mask:
+    """causal, window:N, sinks:S+window:N, prefix:N or chunk:N, in tokens; the same in every document."""
+    found = re.fullmatch(r"causal|(?:sinks:(\d+)\+)?(window):(\d+)|(prefix|chunk):(\d+)", text)
+    sinks, window, size, kind, other = found.groups() if found else [None] * 5
+    if not found or "0" in (size, other):
+        raise SettingsError(f"mask '{text}': say causal, window:N, sinks:S+window:N, prefix:N or chunk:N, in tokens")
+    if sinks:
+        return sink_mask(lengths, int(sinks), int(size))
+    if kind:
+        return chunk_mask(lengths, int(other)) if kind == "chunk" else prefix_mask(lengths, int(other))
+    return MaskRule(int(size)) if window else MaskRule()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +108,18 @@ class PlanScore:
     worst_rank: float
     """Most that one rank or server sends or receives one way: half of `group` for a query row, 1 for a key/value
     row."""
+    time: int
+    """Predicted, in the unit of the plan's cost."""
     plan_ms: float
 
 
-def score(name: str, plan: Plan, group: int, plan_ms: float) -> PlanScore:
+def score(name: str, plan: Plan, inputs: PlanInputs, direction: int, plan_ms: float) -> PlanScore:
     routes = routes_of(plan)
     q_rows, kv_rows = routes.moved_rows()
-    worst = max(x.max() for x in routes.traffic(int(plan.segments.rank.max(initial=0)) + 1, group, 2)) / 2
-    return PlanScore(name, _spread(plan.load(), plan.pool.capacity), group * q_rows + kv_rows, float(worst), plan_ms)
+    worst = max(x.max() for x in routes.traffic(inputs.num_ranks, inputs.group, 2)) / 2
+    moved, load = inputs.group * q_rows + kv_rows, _spread(plan.load(), plan.pool.capacity)
+    time = predicted(plan, inputs.wires[direction] if inputs.wires else None)
+    return PlanScore(name, load, moved, float(worst), time, plan_ms)
 
 
 def _spread(load, capacity) -> tuple[float, float, float]:
@@ -113,27 +135,27 @@ class PlanStudy:
     plan: Plan
     scores: list[PlanScore]
     load_at_home: np.ndarray  # (ranks,) int64
-    least_moved: int
+    least_moved: int | None
+    """Lower bound; None where it has not been proved: it is for pairs under a causal mask."""
 
     def table(self) -> Table:
         i, tokens = self.inputs, max(1, int(self.inputs.lengths.sum()) // self.inputs.num_ranks)
         title = f"{len(i.lengths)} documents, {i.num_ranks} trainers with {tokens:,} tokens each, "
         title += f"{len(i.pool)} servers, {i.group} query heads per key/value head"
-        table = Table(
-            title=title, caption="bytes in key/value rows per token; worst rank: per token of one rank, one way"
-        )
-        for heading in ("", "least load", "mean", "most", "bytes", "worst rank", "plan ms"):
-            table.add_column(heading, justify="left" if not heading else "right")
+        caption = "bytes in key/value rows per token; worst rank: per token of one rank, one way; time: the best is 1"
+        if i.wires:
+            caption += "; work stays at home where moving it would take longer"
+        table = Table(title=title, caption=caption)
+        for heading in ("", "least load", "mean", "most", "bytes", "worst rank", "time", "plan ms"):
+            table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+        best = max(1, min(s.time for s in self.scores))
         for s in self.scores:
-            figures = [
-                *(f"{x:.3f}" for x in s.load),
-                f"{s.moved / tokens / i.num_ranks:.3f}",
-                f"{s.worst_rank / tokens:.2f}",
-            ]
-            table.add_row(s.name, *figures, f"{s.plan_ms:.1f}")
+            bytes_ = (f"{s.moved / tokens / i.num_ranks:.3f}", f"{s.worst_rank / tokens:.2f}")
+            table.add_row(s.name, *(f"{x:.3f}" for x in s.load), *bytes_, f"{s.time / best:.3f}", f"{s.plan_ms:.1f}")
         at_home = _spread(self.load_at_home, [1] * i.num_ranks)
-        table.add_row("all at home", *(f"{x:.3f}" for x in at_home), "0", "0", "")
-        table.add_row("lower bound", "", "", "1.000", f"{self.least_moved / tokens / i.num_ranks:.3f}", "", "")
+        table.add_row("all at home", *(f"{x:.3f}" for x in at_home))
+        if self.least_moved is not None:
+            table.add_row("lower bound", "", "", "1.000", f"{self.least_moved / tokens / i.num_ranks:.3f}")
         return table
 
     def plot(self, path: Path) -> None:
@@ -158,41 +180,38 @@ class PlanStudy:
 
     def write_json(self, path: Path) -> None:
         """lengths, trainers, servers, in_place, capacity, home [document, start, end, rank], tasks [document, q0, q1,
-        k0, k1, server]."""
+        k0, k1, server]. A group of ranks that is one server is one trainer here. Causal masks only: nothing in the
+        format says another."""
         s, b, pool = self.plan.segments, self.plan.bands, self.plan.pool
-        in_place = sum(rank is not None for rank in pool.home)
+        if self.inputs.rules != (MaskRule(),):
+            raise SettingsError("the plan's file holds causal plans only: leave --json or --mask out")
         out = {
             "lengths": self.inputs.lengths.tolist(),
-            "trainers": self.inputs.num_ranks,
+            "trainers": self.inputs.num_ranks // pool.ranks_per_home,
             "servers": len(pool),
-            "in_place": in_place,
+            "in_place": sum(rank is not None for rank in pool.home),
             "capacity": list(pool.capacity),
-            "home": np.stack([s.document, s.start, s.end, s.rank], 1).tolist(),
+            "home": np.stack([s.document, s.start, s.end, s.rank // pool.ranks_per_home], 1).tolist(),
             "tasks": np.stack([self.plan.document, b.q0, b.q1, b.k0, b.k1, self.plan.server], 1).tolist(),
         }
         path.write_text(json.dumps(out))
 
 
-def study(
-    lengths: np.ndarray,
-    trainers: int,
-    pool: Pool,
-    group: int,
-    planner: str = "tiles",
-    tolerance: float = 0.01,
-    block: int = 128,
-) -> PlanStudy:
-    """Plan `lengths` with the chosen planner, and with the others for comparison; the mask is causal."""
+def study(inputs: PlanInputs, planner: str = "tiles") -> list[PlanStudy]:
+    """Plan with the chosen planner, and with the others for comparison: once, or for forward and backward."""
     if planner not in PLANNERS:
         raise SettingsError(f"no planner '{planner}'; there are: {', '.join(PLANNERS)}")
-    rule = MaskRule()
-    inputs = PlanInputs(lengths, (rule,), trainers, pool, round(tolerance * MILLION), block, group)
-    plans, scores = {}, []
+    return [_study(inputs, planner, direction) for direction in range(len(inputs.costs))]
+
+
+def _study(inputs: PlanInputs, planner: str, direction: int) -> PlanStudy:
+    (rule,), plans, scores = inputs.rules, {}, []
     for name in dict.fromkeys([planner, *PLANNERS]):
         start = time.perf_counter()
-        plans[name] = PLANNERS[name](inputs, rule)
+        plans[name] = PLANNERS[name](inputs, rule, direction)
         plan_ms = 1e3 * (time.perf_counter() - start)
         plans[name].check_cover()
-        scores.append(score(name, plans[name], group, plan_ms))
-    plan = plans[planner]
-    return PlanStudy(inputs, plan, scores, plan.load_at_home(), least_moved(plan, group))
+        scores.append(score(name, plans[name], inputs, direction, plan_ms))
+    plan, causal_pairs = plans[planner], rule == MaskRule() and inputs.costs[direction] == PairCost()
+    least = least_moved(plan, inputs.group) if causal_pairs and inputs.pool.ranks_per_home == 1 else None
+    return PlanStudy(inputs, plan, scores, plan.load_at_home(), least)

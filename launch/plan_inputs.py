@@ -1,0 +1,42 @@
+"""What would a run plan from? The lengths of its own documents, its pool and its planner's settings, without starting
+it."""
+
+from __future__ import annotations
+
+from distca.config import RunSettings
+from distca.cost import AttentionShape
+from distca.hardware import costs_of, wires_of
+from distca.launch.data import Corpus, DocumentStream
+from distca.launch.prepare import prepare
+from distca.launch.server import pool_of
+from distca.masks import MaskRule
+from distca.order import Cursor
+from distca.parallel.attach import read_config
+from distca.parallel.engine import DTYPES
+from distca.plan import MILLION, PlanInputs
+
+
+def inputs_of_run(settings: RunSettings, micro_batch: int) -> PlanInputs:
+    """What a run's trainers plan its n-th micro-batch from (1 is the first), under a causal mask."""
+    m, planner = settings.model, settings.planner
+    config = read_config(m.path, m.config, m.revision)
+    corpus = Corpus(prepare(settings.data, config.vocab_size))
+    stream = DocumentStream(corpus, settings.data, settings.seed, settings.tokens_per_micro_batch)
+    cursor = Cursor()
+    for _ in range(micro_batch):
+        pieces, cursor = stream.pieces(cursor)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shape = AttentionShape(heads, kv_heads, head_dim, DTYPES[settings.train.precision].itemsize)
+    return PlanInputs(
+        pieces.lengths,
+        (MaskRule(),),
+        settings.parallel.trainers,
+        pool_of(settings),
+        round(planner.tolerance * MILLION),
+        planner.block,
+        heads // kv_heads,
+        costs_of(planner),
+        wires_of(planner, shape),
+    )
