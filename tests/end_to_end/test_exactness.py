@@ -5,6 +5,7 @@ Real trainers and servers, one process each, over Gloo; the reference is the sto
 alone."""
 
 import pytest
+from hardware_tables import write_hardware
 from team import Team, make_settings
 
 pytestmark = pytest.mark.slow
@@ -76,6 +77,13 @@ def test_gemma2_with_soft_caps_through_the_reference_back_end(tmp_path, precisio
 def test_every_zero_stage(tmp_path, zero_stage, accumulation):
     parallel = dict(trainers=2, servers=1, trainers_serve=False, zero_stage=zero_stage)
     assert_passed(verify(tmp_path, AWKWARD, parallel=parallel, train=dict(accumulation=accumulation)))
+
+
+def test_measured_kernel_times_and_a_plan_of_its_own_for_backward(tmp_path):
+    table = write_hardware(tmp_path / "device.yaml")
+    planner = dict(block=16, cost=str(table), backward="own-plan", wire=dict(gb_per_s=0.5))
+    parallel = dict(trainers=2, servers=2, trainers_serve=True)
+    assert_passed(verify(tmp_path, AWKWARD, parallel=parallel, planner=planner, train=dict(precision="fp64")))
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
