@@ -29,7 +29,7 @@ documents.
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
 from math import isqrt
 
@@ -37,6 +37,7 @@ import numpy as np
 
 from distca.arrays import order_by, ranges
 
+WHOLE = 32
 UNIT = 1024  # densities are integers: pairs per row, in 1/1024
 
 
@@ -75,8 +76,10 @@ def place(
     table = _lay_stripes(striped, lengths, work, mean, ranks, block)
     filler = _Queue(lengths[whole], work[whole])
     table += _lay_pairs(paired, lengths, work, mean, ranks, filler, block)
+    table += _lay_whole(whole, lengths, work, mean, ranks, filler)
     split = np.array(table, np.int64).reshape(-1, 4)
-    queued, start, end, rank = _fill(filler, ranks)
+    whole = np.setdiff1d(whole, split[:, 0], assume_unique=True)
+    queued, start, end, rank = _fill(_Queue(lengths[whole], work[whole]), ranks)
 
     document = np.concatenate([split[:, 0], whole[queued]])
     start, end = np.concatenate([split[:, 1], start]), np.concatenate([split[:, 2], end])
@@ -182,6 +185,30 @@ def _lay_pairs(documents, lengths, work, mean, ranks, filler, block) -> list[tup
             for start, end in parts:
                 table.append((d, start, end, rank))
                 ranks.take(rank, end - start, _pairs_of_rows(pairs, length, start, end))
+    return table
+
+
+def _lay_whole(documents, lengths, work, mean, ranks, filler) -> list[tuple[int, int, int, int]]:
+    """(document, 0, length, rank) of documents with over 1/32 of a share, each where it leaves least room, or most room
+    is."""
+    table = []
+    density = _filler_density(filler, 0, 0, ranks)
+    excess = work[documents] - density * lengths[documents] // UNIT  # a document's rows replace filler
+    large = np.flatnonzero(excess * WHOLE > mean)
+    spare = sorted(
+        (room - density * free // UNIT, rank)
+        for rank, (room, free) in enumerate(zip(ranks.room, ranks.free, strict=True))
+    )
+    for d, pairs in zip(documents[large].tolist(), excess[large].tolist(), strict=True):
+        rows = int(lengths[d])
+        at = bisect_left(spare, (pairs,))
+        for i in (*range(at, len(spare)), *range(at - 1, -1, -1)):
+            if ranks.free[spare[i][1]] >= rows:
+                room, rank = spare.pop(i)
+                insort(spare, (room - pairs, rank))
+                table.append((d, 0, rows, rank))
+                ranks.take(rank, rows, int(work[d]))
+                break
     return table
 
 
