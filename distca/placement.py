@@ -31,6 +31,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
+from itertools import chain
 from math import isqrt
 
 import numpy as np
@@ -195,17 +196,13 @@ def _lay_whole(documents, lengths, work, mean, ranks, filler) -> list[tuple[int,
     density = _filler_density(filler, 0, 0, ranks)
     excess = work[documents] - density * lengths[documents] // UNIT  # a document's rows replace filler
     large = np.flatnonzero(excess * WHOLE > mean)
-    spare = sorted(
-        (room - density * free // UNIT, rank)
-        for rank, (room, free) in enumerate(zip(ranks.room, ranks.free, strict=True))
-    )
+    waiting = sorted((ranks.room[r] - density * ranks.free[r] // UNIT, r) for r in range(len(ranks.room)))
     for d, pairs in zip(documents[large].tolist(), excess[large].tolist(), strict=True):
-        rows = int(lengths[d])
-        at = bisect_left(spare, (pairs,))
-        for i in (*range(at, len(spare)), *range(at - 1, -1, -1)):
-            if ranks.free[spare[i][1]] >= rows:
-                room, rank = spare.pop(i)
-                insort(spare, (room - pairs, rank))
+        rows, at = int(lengths[d]), bisect_left(waiting, (pairs,))
+        for i in chain(range(at, len(waiting)), range(at - 1, -1, -1)):
+            if ranks.free[waiting[i][1]] >= rows:
+                room, rank = waiting.pop(i)
+                insort(waiting, (room - pairs, rank))
                 table.append((d, 0, rows, rank))
                 ranks.take(rank, rows, int(work[d]))
                 break
@@ -230,11 +227,11 @@ def _fill(queue: _Queue, ranks: _Ranks) -> tuple[np.ndarray, np.ndarray, np.ndar
         spare = UNIT * ranks.room[rank] - density * ranks.free[rank]
         excess = lambda end: UNIT * (queue.pairs[end] - queue.pairs[at]) - density * (queue.rows[end] - queue.rows[at])  # noqa: E731, B023
         at = take_run(rank, bisect_right(range(at + 1, fits + 1), spare, key=excess) + at)
-    for _ in range(2):  # up to its rows: the longest where most room for work is left on each row
+    for parts in (2, 2, 2, 1, 1):
         for rank in sorted(
             everyone, key=lambda r: (-max(0, UNIT * ranks.room[r]) // max(1, ranks.free[r]), -ranks.free[r], r)
         ):
-            at = take_run(rank, bisect_right(queue.rows, queue.rows[at] + ranks.free[rank]) - 1)
+            at = take_run(rank, bisect_right(queue.rows, queue.rows[at] + ranks.free[rank] // parts) - 1)
 
     first, last, rank = np.array(runs, np.int64).reshape(-1, 3).T
     rows = np.diff(queue.rows)
