@@ -72,8 +72,10 @@ def place(
     mean = max(1, int(share.sum()) // num_ranks)
 
     num_split = int(np.count_nonzero((work > mean) | (lengths > rows.max())))
-    num_striped = int(np.count_nonzero(2 * work[:num_split] > 3 * group * mean))
-    striped, paired, whole = np.split(np.arange(len(lengths)), [num_striped, num_split])
+    fits = [n <= num_stripes(w, mean) * int(rows.max()) for n, w in zip(lengths.tolist(), work[:num_split].tolist())]
+    by_stripes = (2 * work[:num_split] > 3 * group * mean) & np.array(fits, bool)
+    striped, paired = np.flatnonzero(by_stripes), np.flatnonzero(~by_stripes)
+    whole = np.arange(num_split, len(lengths))
     table = _lay_stripes(striped, lengths, work, mean, ranks, block)
     filler = _Queue(lengths[whole], work[whole])
     table += _lay_pairs(paired, lengths, work, mean, ranks, filler, block)
