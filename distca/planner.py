@@ -253,15 +253,25 @@ def _match(document, amount, regions: Bands, room, group: int) -> _Line:
                 piece_end += amounts[piece]
             width, tile = amounts[piece] // max(1, rows[piece]), max(1, isqrt(group * portions[0][0]))
             abreast = max(1, (2 * width + tile) // (2 * tile))
-            for pairs, server in portions[:abreast]:
+            band, rest = portions[:abreast], portions[abreast:]
+            if len(rest) <= abreast and _cheaper_together(band, rest, width, group):
+                band, rest = portions, []
+            for pairs, server in band:
                 at += pairs
                 portion_end.append(at)
                 portion_band.append(len(band_end))
                 portion_server.append(server)
-            del portions[:abreast]
+            portions = rest
             band_end.append(at)
         first = last
     return _Line(*(np.array(x, np.int64) for x in (band_end, portion_end, portion_band, portion_server)))
+
+
+def _cheaper_together(band, rest, width: int, group: int) -> bool:
+    """Do two lists of (pairs, server) move fewer rows as one band? One of n tiles and p pairs moves n * p / width query
+    rows and `width` key rows."""
+    crossed = len(rest) * sum(pairs for pairs, _ in band) + len(band) * sum(pairs for pairs, _ in rest)
+    return group * crossed < width * width
 
 
 def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, block: int):
