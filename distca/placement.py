@@ -39,6 +39,7 @@ import numpy as np
 from distca.arrays import order_by, ranges
 
 WHOLE = 32
+ROUNDS = 4
 UNIT = 1024  # densities are integers: pairs per row, in 1/1024
 
 
@@ -82,7 +83,7 @@ def place(
     table += _lay_whole(whole, lengths, work, mean, ranks, filler)
     split = np.array(table, np.int64).reshape(-1, 4)
     whole = np.setdiff1d(whole, split[:, 0], assume_unique=True)
-    queued, start, end, rank = _fill(_Queue(lengths[whole], work[whole]), ranks)
+    queued, start, end, rank = _fill(_Queue(lengths[whole], work[whole]), ranks, mean)
 
     document = np.concatenate([split[:, 0], whole[queued]])
     start, end = np.concatenate([split[:, 1], start]), np.concatenate([split[:, 2], end])
@@ -159,7 +160,7 @@ def _lay_pairs(documents, lengths, work, mean, ranks, filler, block) -> list[tup
     """(document, start, end, rank) of head and tail pairs, from both ends inwards, as large as each rank has room
     for."""
     table = []
-    density = _filler_density(filler, int(lengths[documents].sum()), int(work[documents].sum()), ranks)
+    density = _filler_density(filler, int(lengths[documents].sum()), int(work[documents].sum()), ranks, mean)
     waiting = sorted(range(len(ranks.room)), key=lambda r: (ranks.room[r], -r))  # popped from its end: most room first
     for d in documents.tolist():
         length, pairs, head, tail = int(lengths[d]), int(work[d]), 0, int(lengths[d])
@@ -195,7 +196,7 @@ def _lay_whole(documents, lengths, work, mean, ranks, filler) -> list[tuple[int,
     """(document, 0, length, rank) of documents with over 1/32 of a share, each where it leaves least room, or most room
     is."""
     table = []
-    density = _filler_density(filler, 0, 0, ranks)
+    density = _filler_density(filler, 0, 0, ranks, mean)
     excess = work[documents] - density * lengths[documents] // UNIT  # a document's rows replace filler
     large = np.flatnonzero(excess * WHOLE > mean)
     waiting = sorted((ranks.room[r] - density * ranks.free[r] // UNIT, r) for r in range(len(ranks.room)))
@@ -211,7 +212,7 @@ def _lay_whole(documents, lengths, work, mean, ranks, filler) -> list[tuple[int,
     return table
 
 
-def _fill(queue: _Queue, ranks: _Ranks) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _fill(queue: _Queue, ranks: _Ranks, mean: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Entries of the queue, first row, last row, rank: whole documents in runs, then what is left, cut where it must
     be."""
     runs, at = [], 0
@@ -223,7 +224,7 @@ def _fill(queue: _Queue, ranks: _Ranks) -> tuple[np.ndarray, np.ndarray, np.ndar
         return max(at, end)
 
     everyone = range(len(ranks.free))
-    density = _filler_density(queue, 0, 0, ranks)
+    density = _filler_density(queue, 0, 0, ranks, mean)
     for rank in sorted(everyone, key=lambda r: (ranks.room[r], r)):  # up to its share of work, filler included
         fits = bisect_right(queue.rows, queue.rows[at] + ranks.free[rank]) - 1
         spare = UNIT * ranks.room[rank] - density * ranks.free[rank]
@@ -255,28 +256,32 @@ def _pour(entries: np.ndarray, vessels: np.ndarray) -> tuple[np.ndarray, np.ndar
     return entry, start - entries[entry], end - entries[entry], np.searchsorted(vessels, start, side="right") - 1
 
 
-def _filler_density(filler: _Queue, rows: int, pairs: int, ranks: _Ranks) -> int:
+def _filler_density(filler: _Queue, placed_rows: int, placed_pairs: int, ranks: _Ranks, mean: int) -> int:
     """Pairs per row of the shortest documents, those that will fill up the ranks which have their share of work
     without them.
 
     Beside `filler`, documents of `rows` and `pairs` are still to be placed. Each full rank gives `density` back per
     row that is
     not filler; a few rounds settle which documents are needed."""
-    opened = [r for r, room in enumerate(ranks.room) if room > 0]
-    if not opened or not len(filler):
+    if not len(filler):
         return 0
-    free, room = sum(ranks.free[r] for r in opened), sum(ranks.room[r] for r in opened)
-    shut = sum(ranks.free) - free
-    # documents with more work per row than ranks have on average fill ranks up; the last documents fill the gaps
-    dense = bisect_left(range(len(filler)), True, key=lambda i: _density(filler, i, i + 1) * free < UNIT * room)
-    rows, pairs, density = rows + filler.rows[dense], pairs + filler.pairs[dense], 0
-    for _ in range(4):
-        busy = (
-            max(0, UNIT * pairs - density * rows) * free // max(1, UNIT * room - density * free)
-        )  # rows of full ranks
-        need = min(max(0, shut + busy - rows), filler.rows[-1])
+    free, room = np.array(ranks.free), np.array(ranks.room)
+    length, work = np.diff(filler.rows), np.diff(filler.pairs)
+    density = 0
+    for _ in range(ROUNDS):
+        spare = UNIT * room - density * free
+        opened = spare > UNIT * mean // 20
+        if not opened.any():
+            break
+        open_rows, open_room = int(free[opened].sum()), int(room[opened].sum())
+        is_dense = (work // length * open_rows >= open_room) | (WHOLE * (work - density * length // UNIT) > mean)
+        dense = int(np.count_nonzero(is_dense))
+        rows, pairs = placed_rows + filler.rows[dense], placed_pairs + filler.pairs[dense]
+        # rows of the ranks that these fill
+        busy = max(0, UNIT * pairs - density * rows) * open_rows // max(1, UNIT * open_room - density * open_rows)
+        need = min(max(0, int(free.sum()) - open_rows + busy - rows), filler.rows[-1])
         first = min(bisect_left(filler.rows, filler.rows[-1] - need), len(filler) - 1)
-        density = min(_density(filler, first, len(filler)), UNIT * room // max(1, free))
+        density = min(_density(filler, first, len(filler)), UNIT * open_room // max(1, open_rows))
     return density
 
 
