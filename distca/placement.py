@@ -225,7 +225,7 @@ def _fill(queue: _Queue, ranks: _Ranks, mean: int) -> tuple[np.ndarray, np.ndarr
 
     everyone = range(len(ranks.free))
     density = _filler_density(queue, 0, 0, ranks, mean)
-    for rank in sorted(everyone, key=lambda r: (ranks.room[r], r)):  # up to its share of work, filler included
+    for rank in sorted(everyone, key=lambda r: (-UNIT * ranks.room[r] // max(1, ranks.free[r]), r)):
         fits = bisect_right(queue.rows, queue.rows[at] + ranks.free[rank]) - 1
         spare = UNIT * ranks.room[rank] - density * ranks.free[rank]
         excess = lambda end: UNIT * (queue.pairs[end] - queue.pairs[at]) - density * (queue.rows[end] - queue.rows[at])  # noqa: E731, B023
