@@ -274,7 +274,7 @@ def _filler_density(filler: _Queue, placed_rows: int, placed_pairs: int, ranks: 
         if not opened.any():
             break
         open_rows, open_room = int(free[opened].sum()), int(room[opened].sum())
-        is_dense = (work // length * open_rows >= open_room) | (WHOLE * (work - density * length // UNIT) > mean)
+        is_dense = work // length * open_rows >= open_room
         dense = int(np.count_nonzero(is_dense))
         rows, pairs = placed_rows + filler.rows[dense], placed_pairs + filler.pairs[dense]
         # rows of the ranks that these fill
