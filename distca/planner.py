@@ -160,7 +160,8 @@ def _share_out(document, pieces: Bands, area, server, load, limit, inputs: PlanI
     of_document = sum_by(document[given], amount, len(inputs.lengths))[document[given]]
     order = order_by(int(of_document.max()) - of_document, document[given], regions.q0)
     given, amount, regions = given[order], amount[order], regions[order]
-    line = _match(document[given], amount, regions, room, inputs.group)
+    near = (room >= room.max() // 8)[server] & np.isin(document, document[given])
+    line = _match(document[given], amount, regions, room, _group(document[near], server[near]), inputs.group)
     tiles, item, tile_server = _tiles(regions, pieces[given], amount, amount == area[given], line, inputs.block)
     tile_piece = given[item]
     tile_server = np.where(tile_server == NOBODY, server[tile_piece], tile_server)
@@ -224,14 +225,22 @@ class _Line:
     portion_server: np.ndarray  # (P,) int64
 
 
-def _match(document, amount, regions: Bands, room, group: int) -> _Line:
+def _group(document, server) -> dict[int, list[int]]:
+    """The servers that hold rows of each document."""
+    holders = {}
+    for d, s in zip(document.tolist(), server.tolist(), strict=True):
+        holders.setdefault(d, set()).add(s)
+    return {d: sorted(servers) for d, servers in holders.items()}
+
+
+def _match(document, amount, regions: Bands, room, holders: dict[int, list[int]], group: int) -> _Line:
     """Receivers for every document's surplus, grouped into bands that are as many tiles wide as suits the region."""
     documents, amounts, rows = document.tolist(), amount.tolist(), (regions.q1 - regions.q0).tolist()
     # rooms are ordered in 64ths of the largest, so that a server which was promised a little less keeps its place
     unit = max(1, int(room.max()) // 64)
-    waiting = sorted(
-        ((pairs + unit // 2) // unit, -server, pairs) for server, pairs in enumerate(room.tolist()) if pairs
-    )
+    left_of = room.tolist()
+    entry = lambda server: ((left_of[server] + unit // 2) // unit, -server)  # noqa: E731
+    waiting = sorted(entry(server) for server, pairs in enumerate(left_of) if pairs)
     band_end, portion_end, portion_band, portion_server = [], [], [], []
     at, first = 0, 0
     while first < len(documents):
@@ -239,12 +248,23 @@ def _match(document, amount, regions: Bands, room, group: int) -> _Line:
         while last < len(documents) and documents[last] == documents[first]:
             last += 1
         portions, left = [], sum(amounts[first:last])
+        # servers that hold some of the keys already take their whole rooms first
+        near = sorted((s for s in holders.get(documents[first], []) if left_of[s]), key=lambda s: (-left_of[s], s))
         while left and waiting:
-            _, server, pairs = waiting.pop(min(bisect_left(waiting, (left // unit + 2,)), len(waiting) - 1))
-            portions.append((min(pairs, left), -server))
-            if pairs > left:
-                insort(waiting, ((pairs - left + unit // 2) // unit, server, pairs - left))
+            while near and left_of[near[0]] > left:
+                del near[0]
+            if near:
+                at_waiting = bisect_left(waiting, entry(near.pop(0)))
+            else:
+                at_waiting = min(bisect_left(waiting, (left // unit + 2,)), len(waiting) - 1)
+            server = -waiting.pop(at_waiting)[1]
+            portions.append((min(left_of[server], left), server))
             left -= portions[-1][0]
+            left_of[server] -= portions[-1][0]
+            if left_of[server]:
+                insort(waiting, entry(server))
+        portions.sort(key=lambda portion: -portion[0])
+        held = set(holders.get(documents[first], []))
 
         piece, piece_end = first, at + amounts[first]
         while portions:
@@ -256,7 +276,7 @@ def _match(document, amount, regions: Bands, room, group: int) -> _Line:
             band, rest = portions[:abreast], portions[abreast:]
             if len(rest) <= abreast and _cheaper_together(band, rest, width, group):
                 band, rest = portions, []
-            for pairs, server in band:
+            for pairs, server in sorted(band, key=lambda portion: portion[1] not in held):  # their keys lie far left
                 at += pairs
                 portion_end.append(at)
                 portion_band.append(len(band_end))
