@@ -32,7 +32,6 @@ import heapq
 from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
 from itertools import chain
-from math import isqrt
 
 import numpy as np
 
@@ -73,8 +72,10 @@ def place(
     mean = max(1, int(share.sum()) // num_ranks)
 
     num_split = int(np.count_nonzero((work > mean) | (lengths > rows.max())))
-    fits = [n <= num_stripes(w, mean) * int(rows.max()) for n, w in zip(lengths.tolist(), work[:num_split].tolist())]
-    by_stripes = (2 * work[:num_split] > 3 * group * mean) & np.array(fits, bool)
+    # pairs move keys only, which pays up to some shares of work; up to twice as many if stripes would not fit on ranks
+    of_split = zip(lengths[:num_split].tolist(), work[:num_split].tolist(), strict=True)
+    crowded = np.array([length > num_stripes(pairs, mean) * int(rows.max()) for length, pairs in of_split], bool)
+    by_stripes = 2 * work[:num_split] > 3 * group * mean * (1 + crowded)
     striped, paired = np.flatnonzero(by_stripes), np.flatnonzero(~by_stripes)
     whole = np.arange(num_split, len(lengths))
     table = _lay_stripes(striped, lengths, work, mean, ranks, block)
@@ -94,9 +95,10 @@ def place(
 
 
 def num_stripes(work: int, share: int) -> int:
-    """(work / share) to the power 7/8, rounded: fewer stripes save bytes, more of them spread what each of their ranks
-    sends."""
-    return max(1, (isqrt(isqrt(isqrt(256 * work**7 // share**7))) + 1) // 2)
+    """m / (1 + m / 64), rounded, for m = work / share: fewer stripes save bytes, more of them spread what each of their
+    ranks sends."""
+    parts = 64 * share + work
+    return max(1, (2 * 64 * work + parts) // (2 * parts))
 
 
 class _Ranks:
@@ -140,10 +142,11 @@ class _Queue:
 
 def _lay_stripes(documents, lengths, work, mean, ranks, block) -> list[tuple[int, int, int, int]]:
     """(document, start, end, rank) of even stripes, each on the rank with most room."""
-    table = []
+    table, largest = [], max(ranks.free)
     for d in documents.tolist():
         length, pairs, start = int(lengths[d]), int(work[d]), 0
         rows = _up(-(-length // num_stripes(pairs, mean)), block)
+        rows = min(rows, max(block, largest * 7 // 8 // block * block))  # one that fills a rank up fits on few
         while start < length:
             rank = ranks.roomiest(min(rows, length - start))
             if rank is None:
@@ -274,7 +277,7 @@ def _filler_density(filler: _Queue, placed_rows: int, placed_pairs: int, ranks: 
         if not opened.any():
             break
         open_rows, open_room = int(free[opened].sum()), int(room[opened].sum())
-        is_dense = work // length * open_rows >= open_room
+        is_dense = (work // length * open_rows >= open_room) | (6 * (work - density * length // UNIT) > mean)
         dense = int(np.count_nonzero(is_dense))
         rows, pairs = placed_rows + filler.rows[dense], placed_pairs + filler.pairs[dense]
         # rows of the ranks that these fill
