@@ -129,6 +129,7 @@ class _Queue:
     """Whole documents, longest first, with running sums: entries [a, b) hold rows[b] - rows[a] rows."""
 
     def __init__(self, lengths: np.ndarray, work: np.ndarray):
+        self.lengths, self.work = lengths, work
         self.rows, self.pairs = ([0, *np.cumsum(column).tolist()] for column in (lengths, work))
 
     def __len__(self) -> int:
@@ -214,34 +215,35 @@ def _lay_whole(documents, lengths, work, mean, ranks, filler) -> list[tuple[int,
 def _fill(queue: _Queue, ranks: _Ranks, mean: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Entries of the queue, first row, last row, rank: whole documents in runs, then what is left, cut where it must
     be. Longest documents go where most work is needed for each row that is free."""
-    runs, at = [], 0
+    runs, at, free, room = [], 0, ranks.free, ranks.room
 
     def take_run(rank: int, end: int) -> int:
         if end > at:
             runs.append((at, end, rank))
-            ranks.take(rank, queue.rows[end] - queue.rows[at], queue.pairs[end] - queue.pairs[at])
+            free[rank] -= queue.rows[end] - queue.rows[at]
+            room[rank] -= queue.pairs[end] - queue.pairs[at]
         return max(at, end)
 
     def neediest() -> list[int]:
-        return sorted(
-            range(len(ranks.free)),
-            key=lambda r: (-max(0, UNIT * ranks.room[r]) // max(1, ranks.free[r]), -ranks.free[r], r),
-        )
+        rows = np.array(free)
+        missing = np.maximum(UNIT * np.array(room), 0) // np.maximum(rows, 1)
+        order = np.lexsort((-rows, -missing))
+        return order[rows[order] > 0].tolist()
 
     density = _filler_density(queue, 0, 0, ranks, mean)
     for rank in neediest():  # one rank after another up to its share of work, filler included
-        fits = bisect_right(queue.rows, queue.rows[at] + ranks.free[rank]) - 1
-        spare = UNIT * ranks.room[rank] - density * ranks.free[rank]
+        fits = bisect_right(queue.rows, queue.rows[at] + free[rank]) - 1
+        spare = UNIT * room[rank] - density * free[rank]
         excess = lambda end: UNIT * (queue.pairs[end] - queue.pairs[at]) - density * (queue.rows[end] - queue.rows[at])  # noqa: E731, B023
         at = take_run(rank, bisect_right(range(at + 1, fits + 1), spare, key=excess) + at)
     for part in (2, 2, 2, 1, 1):  # up to its rows, half of what is left at a time: a later round evens out the earlier
         for rank in neediest():
-            at = take_run(rank, bisect_right(queue.rows, queue.rows[at] + ranks.free[rank] // part) - 1)
+            at = take_run(rank, bisect_right(queue.rows, queue.rows[at] + free[rank] // part) - 1)
 
     first, last, rank = np.array(runs, np.int64).reshape(-1, 3).T
-    rows = np.diff(queue.rows)
+    rows = queue.lengths
     entry = ranges(first, last - first)
-    rest = _pour(np.array(queue.rows[at:], np.int64) - queue.rows[at], np.cumsum([0, *ranks.free]))
+    rest = _pour(np.array(queue.rows[at:], np.int64) - queue.rows[at], np.cumsum([0, *free]))
     entry = np.concatenate([entry, at + rest[0]])
     end = np.concatenate([rows[entry[: len(entry) - len(rest[0])]], rest[2]])
     start = np.concatenate([np.zeros(len(entry) - len(rest[0]), np.int64), rest[1]])
@@ -267,7 +269,6 @@ def _filler_density(filler: _Queue, rows: int, pairs: int, ranks: _Ranks, mean: 
     if not len(filler):
         return 0
     free, room = np.array(ranks.free), np.array(ranks.room)
-    length, work = np.diff(filler.rows), np.diff(filler.pairs)
     density = 0
     for _ in range(4):
         opened = UNIT * room - density * free > UNIT * mean // 20
@@ -275,7 +276,8 @@ def _filler_density(filler: _Queue, rows: int, pairs: int, ranks: _Ranks, mean: 
         if not open_rows:
             break
         # documents with more work per row than these ranks need, or too much for filler, fill ranks up
-        dense = (work // length * open_rows >= open_room) | (6 * (work - density * length // UNIT) > mean)
+        excess = filler.work - density * filler.lengths // UNIT
+        dense = (filler.work // filler.lengths * open_rows >= open_room) | (6 * excess > mean)
         num_dense = int(np.count_nonzero(dense))
         full_rows, full_pairs = rows + filler.rows[num_dense], pairs + filler.pairs[num_dense]
         spare = max(1, UNIT * open_room - density * open_rows)
