@@ -1,43 +1,39 @@
 """Which rank holds which rows?
 
 Every rank holds the same number of rows. Which documents lie where is free: their order inside one optimizer step does
-not
-change the gradient. So documents are placed where their attention is cheap to share out, longest first:
+not change the gradient. So documents are placed where their attention is cheap to share out, longest first:
 
     rank 0   | A rows 0..    |  x  x  x  x |   A     *stripes*: a document of many servers' work is cut into fewer
-    stripes than
-    rank 1   | A rows 16K..  |  x  x  x  x |         servers will work on it; each goes to the rank with least work so
-    far
-    rank 2   | B head | B tail | x x x x x |   B, C  *pairs*: a document of a few servers' work is laid along the ranks
-    from its
-    rank 3   | B   B | C head  |  C tail | |         two ends inwards. A pair of h head and h tail rows attends about h
-    x length
-    rank 4   | C | d | e |  x  x  x  x  x  |         pairs wherever it is cut, so each rank gets exactly the work it
-    has room for
-    rank 5   | f   | g   | h   | i   | j   |   d..j  *whole* documents fill one rank after another up to its share of
-    work
-    rank 6   | x x x x x x x x x x x x x x |   x     *filler*: the shortest documents take the rows that are left
+    rank 1   | A rows 16K..  |  x  x  x  x |         stripes than servers will work on it, each on the rank with
+                                                     least work so far
+    rank 2   | B head | B tail | x x x x x |   B, C  *pairs*: a document of a few servers' work is laid along ranks from
+    rank 3   | B   B | C head  |  C tail | |         its two ends inwards. A pair of h head and h tail rows sees about h
+    rank 4   | C | d | e |  x  x  x  x  x  |         x length pairs wherever it is cut: each rank gets
+                                                     what it has room for
+    rank 5   | f   | g   | h   | i   | j   |   d..j  *whole* documents, each where it leaves least room
+    rank 6   | x x x x x x x x x x x x x x |   x     *filler*: the shortest documents take the rows that are left, in
+                                                     rounds: long ones where most work per free row is missing
 
 Ranks 2 to 5 then need no help and give none: only keys travel for B and C, nothing for d to j. Ranks like 6 are the
-ones with time
-to give to A. This is cheaper than making all ranks a little short of work, because what a server pays for a tile grows
-with the
-square root of the tile's work. Where filler crosses a border between ranks it is cut, and that is one of the shortest
-documents.
+ones with time to give to A. This is cheaper than making all ranks a little short of work, because what a server pays
+for a tile grows with the square root of its work. Every rank will be filled up to its rows, so what it has room for
+counts on top of filler (`_filler_density`). Where filler crosses a border between ranks it is cut, and that is one of
+the shortest documents.
 """
 
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
-from math import isqrt
+from itertools import chain
 
 import numpy as np
 
 from distca.arrays import order_by, ranges, spread
 
 UNIT = 1024  # densities are integers: pairs per row, in 1/1024
+LARGE = 32  # documents of more than 1/32 of a share are placed one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +66,20 @@ def place(
     mean = max(1, int(share.sum()) // num_ranks)
 
     num_split = int(np.count_nonzero((work > mean) | (lengths > rows.max())))
-    num_striped = int(np.count_nonzero(2 * work[:num_split] > 3 * group * mean))
-    striped, paired, whole = np.split(np.arange(len(lengths)), [num_striped, num_split])
+    # pairs move only keys, but to all ranks of the document: that pays up to 3/2 * group shares of work, and up to
+    # twice as many where stripes would be longer than a rank's rows
+    of_split = zip(lengths[:num_split].tolist(), work[:num_split].tolist(), strict=True)
+    crowded = np.array([length > num_stripes(pairs, mean) * int(rows.max()) for length, pairs in of_split], bool)
+    by_stripes = 2 * work[:num_split] > 3 * group * mean * (1 + crowded)
+    striped, paired = np.flatnonzero(by_stripes), np.flatnonzero(~by_stripes)
+    whole = np.arange(num_split, len(lengths))
     table = _lay_stripes(striped, lengths, work, mean, ranks, block)
     filler = _Queue(lengths[whole], work[whole])
     table += _lay_pairs(paired, lengths, work, mean, ranks, filler, block)
+    table += _lay_whole(whole, lengths, work, mean, ranks, filler)
     split = np.array(table, np.int64).reshape(-1, 4)
-    queued, start, end, rank = _fill(filler, ranks)
+    whole = np.setdiff1d(whole, split[:, 0], assume_unique=True)
+    queued, start, end, rank = _fill(_Queue(lengths[whole], work[whole]), ranks, mean)
 
     document = np.concatenate([split[:, 0], whole[queued]])
     start, end = np.concatenate([split[:, 1], start]), np.concatenate([split[:, 2], end])
@@ -99,9 +102,10 @@ def split_ranks(homes: Segments, num_ranks: int, rows: int) -> Segments:
 
 
 def num_stripes(work: int, share: int) -> int:
-    """(work / share) to the power 7/8, rounded: fewer stripes save bytes, more of them spread what each of their ranks
-    sends."""
-    return max(1, (isqrt(isqrt(isqrt(256 * work**7 // share**7))) + 1) // 2)
+    """m / (1 + m / 64), rounded, for m = work / share: fewer stripes save bytes, more of them spread what each of their
+    ranks sends."""
+    parts = 64 * share + work
+    return max(1, (2 * 64 * work + parts) // (2 * parts))
 
 
 class _Ranks:
@@ -137,6 +141,7 @@ class _Queue:
     """Whole documents, longest first, with running sums: entries [a, b) hold rows[b] - rows[a] rows."""
 
     def __init__(self, lengths: np.ndarray, work: np.ndarray):
+        self.lengths, self.work = lengths, work
         self.rows, self.pairs = ([0, *np.cumsum(column).tolist()] for column in (lengths, work))
 
     def __len__(self) -> int:
@@ -145,10 +150,11 @@ class _Queue:
 
 def _lay_stripes(documents, lengths, work, mean, ranks, block) -> list[tuple[int, int, int, int]]:
     """(document, start, end, rank) of even stripes, each on the rank with most room."""
-    table = []
+    table, largest = [], max(ranks.free)
     for d in documents.tolist():
         length, pairs, start = int(lengths[d]), int(work[d]), 0
         rows = _up(-(-length // num_stripes(pairs, mean)), block)
+        rows = min(rows, max(block, largest * 7 // 8 // block * block))  # longer ones would fit on few ranks
         while start < length:
             rank = ranks.roomiest(min(rows, length - start))
             if rank is None:
@@ -165,7 +171,7 @@ def _lay_pairs(documents, lengths, work, mean, ranks, filler, block) -> list[tup
     """(document, start, end, rank) of head and tail pairs, from both ends inwards, as large as each rank has room
     for."""
     table = []
-    density = _filler_density(filler, int(lengths[documents].sum()), int(work[documents].sum()), ranks)
+    density = _filler_density(filler, int(lengths[documents].sum()), int(work[documents].sum()), ranks, mean)
     waiting = sorted(range(len(ranks.room)), key=lambda r: (ranks.room[r], -r))  # popped from its end: most room first
     for d in documents.tolist():
         length, pairs, head, tail = int(lengths[d]), int(work[d]), 0, int(lengths[d])
@@ -197,34 +203,59 @@ def _lay_pairs(documents, lengths, work, mean, ranks, filler, block) -> list[tup
     return table
 
 
-def _fill(queue: _Queue, ranks: _Ranks) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _lay_whole(documents, lengths, work, mean, ranks, filler) -> list[tuple[int, int, int, int]]:
+    """(document, 0, length, rank) of documents of more than 1/32 of a share: each where it leaves least room.
+
+    One for which nobody has room goes where most is."""
+    table = []
+    density = _filler_density(filler, 0, 0, ranks, mean)
+    excess = work[documents] - density * lengths[documents] // UNIT  # a document's rows replace filler
+    large = np.flatnonzero(excess * LARGE > mean)
+    spare = sorted((room - density * ranks.free[r] // UNIT, r) for r, room in enumerate(ranks.room))
+    for d, pairs in zip(documents[large].tolist(), excess[large].tolist(), strict=True):
+        rows, fits = int(lengths[d]), bisect_left(spare, (pairs,))
+        for i in chain(range(fits, len(spare)), range(fits - 1, -1, -1)):
+            if ranks.free[spare[i][1]] >= rows:
+                room, rank = spare.pop(i)
+                insort(spare, (room - pairs, rank))
+                table.append((d, 0, rows, rank))
+                ranks.take(rank, rows, int(work[d]))
+                break
+    return table
+
+
+def _fill(queue: _Queue, ranks: _Ranks, mean: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Entries of the queue, first row, last row, rank: whole documents in runs, then what is left, cut where it must
-    be."""
-    runs, at = [], 0
+    be. Longest documents go where most work is needed for each row that is free."""
+    runs, at, free, room = [], 0, ranks.free, ranks.room
 
     def take_run(rank: int, end: int) -> int:
         if end > at:
             runs.append((at, end, rank))
-            ranks.take(rank, queue.rows[end] - queue.rows[at], queue.pairs[end] - queue.pairs[at])
+            free[rank] -= queue.rows[end] - queue.rows[at]
+            room[rank] -= queue.pairs[end] - queue.pairs[at]
         return max(at, end)
 
-    everyone = range(len(ranks.free))
-    density = _filler_density(queue, 0, 0, ranks)
-    for rank in sorted(everyone, key=lambda r: (ranks.room[r], r)):  # up to its share of work, filler included
-        fits = bisect_right(queue.rows, queue.rows[at] + ranks.free[rank]) - 1
-        spare = UNIT * ranks.room[rank] - density * ranks.free[rank]
+    def neediest() -> list[int]:
+        rows = np.array(free)
+        missing = np.maximum(UNIT * np.array(room), 0) // np.maximum(rows, 1)
+        order = np.lexsort((-rows, -missing))
+        return order[rows[order] > 0].tolist()
+
+    density = _filler_density(queue, 0, 0, ranks, mean)
+    for rank in neediest():  # one rank after another up to its share of work, filler included
+        fits = bisect_right(queue.rows, queue.rows[at] + free[rank]) - 1
+        spare = UNIT * room[rank] - density * free[rank]
         excess = lambda end: UNIT * (queue.pairs[end] - queue.pairs[at]) - density * (queue.rows[end] - queue.rows[at])  # noqa: E731, B023
         at = take_run(rank, bisect_right(range(at + 1, fits + 1), spare, key=excess) + at)
-    for _ in range(2):  # up to its rows: the longest where most room for work is left on each row
-        for rank in sorted(
-            everyone, key=lambda r: (-max(0, UNIT * ranks.room[r]) // max(1, ranks.free[r]), -ranks.free[r], r)
-        ):
-            at = take_run(rank, bisect_right(queue.rows, queue.rows[at] + ranks.free[rank]) - 1)
+    for part in (2, 2, 2, 1, 1):  # up to its rows, half of what is left at a time: a later round evens out the earlier
+        for rank in neediest():
+            at = take_run(rank, bisect_right(queue.rows, queue.rows[at] + free[rank] // part) - 1)
 
     first, last, rank = np.array(runs, np.int64).reshape(-1, 3).T
-    rows = np.diff(queue.rows)
+    rows = queue.lengths
     entry = ranges(first, last - first)
-    rest = _pour(np.array(queue.rows[at:], np.int64) - queue.rows[at], np.cumsum([0, *ranks.free]))
+    rest = _pour(np.array(queue.rows[at:], np.int64) - queue.rows[at], np.cumsum([0, *free]))
     entry = np.concatenate([entry, at + rest[0]])
     end = np.concatenate([rows[entry[: len(entry) - len(rest[0])]], rest[2]])
     start = np.concatenate([np.zeros(len(entry) - len(rest[0]), np.int64), rest[1]])
@@ -241,28 +272,31 @@ def _pour(entries: np.ndarray, vessels: np.ndarray) -> tuple[np.ndarray, np.ndar
     return entry, start - entries[entry], end - entries[entry], np.searchsorted(vessels, start, side="right") - 1
 
 
-def _filler_density(filler: _Queue, rows: int, pairs: int, ranks: _Ranks) -> int:
+def _filler_density(filler: _Queue, rows: int, pairs: int, ranks: _Ranks, mean: int) -> int:
     """Pairs per row of the shortest documents, those that will fill up the ranks which have their share of work
     without them.
 
     Beside `filler`, documents of `rows` and `pairs` are still to be placed. Each full rank gives `density` back per
-    row that is
-    not filler; a few rounds settle which documents are needed."""
-    opened = [r for r, room in enumerate(ranks.room) if room > 0]
-    if not opened or not len(filler):
+    row that is not filler; a few rounds settle which ranks need more than filler, and which documents they get."""
+    if not len(filler):
         return 0
-    free, room = sum(ranks.free[r] for r in opened), sum(ranks.room[r] for r in opened)
-    shut = sum(ranks.free) - free
-    # documents with more work per row than ranks have on average fill ranks up; the last documents fill the gaps
-    dense = bisect_left(range(len(filler)), True, key=lambda i: _density(filler, i, i + 1) * free < UNIT * room)
-    rows, pairs, density = rows + filler.rows[dense], pairs + filler.pairs[dense], 0
+    free, room = np.array(ranks.free), np.array(ranks.room)
+    density = 0
     for _ in range(4):
-        busy = (
-            max(0, UNIT * pairs - density * rows) * free // max(1, UNIT * room - density * free)
-        )  # rows of full ranks
-        need = min(max(0, shut + busy - rows), filler.rows[-1])
+        opened = UNIT * room - density * free > UNIT * mean // 20
+        open_rows, open_room = int(free[opened].sum()), int(room[opened].sum())
+        if not open_rows:
+            break
+        # documents with more work per row than these ranks need, or too much for filler, fill ranks up
+        excess = filler.work - density * filler.lengths // UNIT
+        dense = (filler.work // filler.lengths * open_rows >= open_room) | (6 * excess > mean)
+        num_dense = int(np.count_nonzero(dense))
+        full_rows, full_pairs = rows + filler.rows[num_dense], pairs + filler.pairs[num_dense]
+        spare = max(1, UNIT * open_room - density * open_rows)
+        full_ranks = max(0, UNIT * full_pairs - density * full_rows) * open_rows // spare  # in rows
+        need = min(max(0, sum(ranks.free) - open_rows + full_ranks - full_rows), filler.rows[-1])
         first = min(bisect_left(filler.rows, filler.rows[-1] - need), len(filler) - 1)
-        density = min(_density(filler, first, len(filler)), UNIT * room // max(1, free))
+        density = min(_density(filler, first, len(filler)), UNIT * open_room // open_rows)
     return density
 
 

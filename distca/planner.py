@@ -21,8 +21,9 @@ rows need beyond its limit. It is cut off the documents with most work per row, 
 
   1. `_surplus`   which pieces (rows of one document on one rank) give away how many pairs
   2. `_regions`   from which rows and keys of each piece
-  3. `_match`     to whom: whole rooms, largest first, then the smallest room that is large enough; few edges, since a
-                  tile costs the square root of its work. All that is given lies on one line, document by document:
+  3. `_match`     to whom: whole rooms, those of servers that hold some of the document's keys first, then the largest,
+                  then the smallest that is large enough; few edges, since a tile costs the square root of its work. All
+                  that is given lies on one line, document by document:
                       given    | A stripe 1 |  A stripe 2       | B ...
                       bands    |   band 0      |  band 1  | b 2 | band 3 ...
                       portions | 8    | 9      | 11  | 3  | 4   | 4 ...
@@ -199,7 +200,9 @@ def _share_out(document, pieces: Bands, costs, server, load, limit, cost: Cost, 
     of_document = sum_by(document[given], amount, len(inputs.lengths))[document[given]]
     order = order_by(int(of_document.max()) - of_document, document[given], regions.q0)
     given, amount, regions = given[order], amount[order], regions[order]
-    line = _match(document[given], amount, regions, room, shape)
+    near = (room >= room.max() // 8)[server] & np.isin(document, document[given])
+    holders = _servers_of(document[near], server[near])
+    line = _match(document[given], amount, regions, room, holders, shape)
     tiles, item, tile_server = _tiles(regions, pieces[given], amount, amount == costs[given], line, cost, inputs.block)
     tile_piece = given[item]
     tile_server = np.where(tile_server == NOBODY, server[tile_piece], tile_server)
@@ -280,27 +283,46 @@ class _Line:
     portion_server: np.ndarray  # (P,) int64
 
 
-def _match(document, amount, regions: Bands, room, shape: _TileShape) -> _Line:
-    """Receivers for every document's surplus, grouped into bands that are as many tiles wide as suits the region."""
+def _servers_of(document, server) -> dict[int, set[int]]:
+    """The servers that hold rows of each document."""
+    holders = {}
+    for d, s in zip(document.tolist(), server.tolist(), strict=True):
+        holders.setdefault(d, set()).add(s)
+    return holders
+
+
+def _match(document, amount, regions: Bands, room, holders: dict[int, set[int]], shape: _TileShape) -> _Line:
+    """Receivers for every document's surplus, grouped into bands that are as many tiles wide as suits the region.
+
+    `holders` with room for a document of which they hold rows come first: these keys do not move."""
     documents, amounts, rows = document.tolist(), amount.tolist(), (regions.q1 - regions.q0).tolist()
     # rooms are ordered in 64ths of the largest, so that a server which was promised a little less keeps its place
     unit = max(1, int(room.max()) // 64)
-    waiting = sorted(
-        ((pairs + unit // 2) // unit, -server, pairs) for server, pairs in enumerate(room.tolist()) if pairs
-    )
+    room = room.tolist()
+    entry = lambda server: ((room[server] + unit // 2) // unit, -server)  # noqa: E731
+    waiting = sorted(entry(server) for server, pairs in enumerate(room) if pairs)
     band_end, portion_end, portion_band, portion_server = [], [], [], []
     at, first = 0, 0
     while first < len(documents):
         last = first
         while last < len(documents) and documents[last] == documents[first]:
             last += 1
-        portions, left = [], sum(amounts[first:last])
+        portions, left, held = [], sum(amounts[first:last]), holders.get(documents[first], ())
+        near = sorted((s for s in held if room[s]), key=lambda s: (-room[s], s))
         while left and waiting:
-            _, server, pairs = waiting.pop(min(bisect_left(waiting, (left // unit + 2,)), len(waiting) - 1))
-            portions.append((min(pairs, left), -server))
-            if pairs > left:
-                insort(waiting, ((pairs - left + unit // 2) // unit, server, pairs - left))
+            while near and room[near[0]] > left:
+                del near[0]
+            if near:
+                chosen = bisect_left(waiting, entry(near.pop(0)))
+            else:
+                chosen = min(bisect_left(waiting, (left // unit + 2,)), len(waiting) - 1)
+            server = -waiting.pop(chosen)[1]
+            portions.append((min(room[server], left), server))
             left -= portions[-1][0]
+            room[server] -= portions[-1][0]
+            if room[server]:
+                insort(waiting, entry(server))
+        portions.sort(key=lambda portion: -portion[0])
 
         piece, piece_end = first, at + amounts[first]
         while portions:
@@ -309,15 +331,25 @@ def _match(document, amount, regions: Bands, room, shape: _TileShape) -> _Line:
                 piece_end += amounts[piece]
             width, tile = shape.pairs_of(amounts[piece]) // max(1, rows[piece]), shape.width(portions[0][0])
             abreast = max(1, (2 * width + tile) // (2 * tile))
-            for pairs, server in portions[:abreast]:
+            band, rest = portions[:abreast], portions[abreast:]
+            if len(rest) <= abreast and _cheaper_together(band, rest, width, shape):
+                band, rest = portions, []
+            for pairs, server in sorted(band, key=lambda portion: portion[1] not in held):  # holders' keys lie left
                 at += pairs
                 portion_end.append(at)
                 portion_band.append(len(band_end))
                 portion_server.append(server)
-            del portions[:abreast]
+            portions = rest
             band_end.append(at)
         first = last
     return _Line(*(np.array(x, np.int64) for x in (band_end, portion_end, portion_band, portion_server)))
+
+
+def _cheaper_together(band, rest, width: int, shape: _TileShape) -> bool:
+    """Do two lists of (cost, server) move fewer rows as one band? One of n tiles and p pairs moves n * p / width query
+    rows and `width` key rows."""
+    crossed = len(rest) * sum(pairs for pairs, _ in band) + len(band) * sum(pairs for pairs, _ in rest)
+    return shape.group * shape.pairs_of(crossed) < width * width
 
 
 def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, cost: Cost, block: int):

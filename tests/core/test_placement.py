@@ -1,10 +1,12 @@
 """Every rank holds the same number of tokens, and together they hold each document's rows once, in order."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distca.placement import place
+from distca.arrays import sum_by
+from distca.placement import num_stripes, place
 
 
 def tokens_of(lengths):
@@ -63,3 +65,33 @@ def test_one_giant_document_is_shared_by_all_ranks():
 def test_balanced_documents_are_not_cut():
     _, segments = place_evenly([512] * 32, 8)
     assert len(segments.row) == 32
+
+
+def loads_of(lengths, num_ranks, group=4):
+    """(ranks,) pairs that each rank would attend at home, in shares."""
+    lengths, s = place_evenly(lengths, num_ranks, group)
+    pairs = sum_by(s.rank, (s.end * (s.end + 1) - s.start * (s.start + 1)) // 2, num_ranks)
+    return pairs / pairs.mean()
+
+
+@pytest.mark.parametrize("num_ranks", [4, 8, 32])
+@pytest.mark.parametrize("seed", range(3))
+def test_many_documents_of_less_than_a_share_are_placed_almost_evenly(num_ranks, seed):
+    """A document for which no rank has room once kept all later ones from being placed by their work."""
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(rng.lognormal(7.2, 1.1, 60 * num_ranks).astype(np.int64), 16, 30_000)
+    lengths[-1] += -int(lengths.sum()) % num_ranks
+    loads = loads_of(lengths, num_ranks)
+    assert np.maximum(loads - 1, 0).sum() < 0.04 * num_ranks
+
+
+def test_stripes_that_would_not_fit_on_a_rank_become_pairs():
+    """One document of nearly all rows: head and tail pairs are even on all ranks, and only keys move."""
+    loads = loads_of([930_000, *[8_000] * 14, 6_576], 8)
+    assert loads.max() < 1.03
+
+
+@given(st.integers(1, 10**15), st.integers(1, 10**13))
+def test_a_document_has_no_more_stripes_than_servers_will_work_on_it(work, share):
+    assert 1 <= num_stripes(work, share) <= max(1, work // share + 1)
+    assert num_stripes(work, share) <= num_stripes(2 * work, share)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distca.cost import PairCost, RowBlockCost, TableCost, Wire
-from distca.greedy import greedy_plan
+from distca.greedy import even_greedy_plan, greedy_plan
 from distca.masks import UNBOUNDED, Bands, Mask, MaskRule, chunk_mask, prefix_mask, sink_mask
 from distca.payoff import predicted
 from distca.plan import PlanInputs, Pool, least_moved, make_pool
@@ -161,6 +161,29 @@ def test_fewer_bytes_than_the_greedy_planner_and_more_than_the_bound(group):
     greedy.check_cover()
     (q, kv), (greedy_q, greedy_kv) = routes_of(ours).moved_rows(), routes_of(greedy).moved_rows()
     assert least_moved(ours, group) <= group * q + kv <= 0.7 * (group * greedy_q + greedy_kv)
+
+
+@pytest.mark.parametrize("group", [4, 8])
+@pytest.mark.parametrize("longest", [32_768, 131_072, 1_000_000])
+@pytest.mark.parametrize("num_ranks", [2, 8])
+def test_small_pools_move_fewer_bytes_than_the_greedy_planner(num_ranks, longest, group):
+    for seed in range(4):
+        lengths = heavy_tailed(num_ranks, 65_536, longest, seed)
+        pool = make_pool(num_ranks, 0, True)
+        inputs = PlanInputs(lengths, (MaskRule(),), num_ranks, pool, 10_000, 128, group)
+        ours, greedy = plan_step(inputs, MaskRule()), even_greedy_plan(inputs, MaskRule())
+        (q, kv), (greedy_q, greedy_kv) = routes_of(ours).moved_rows(), routes_of(greedy).moved_rows()
+        assert group * q + kv <= 0.95 * (group * greedy_q + greedy_kv)
+
+
+def test_nobody_receives_many_times_the_keys_that_others_do():
+    """A document's last, small portions once were slivers: a few rows with all the keys that they see."""
+    lengths = np.array([131_072] * 8 + [4096] * 256, np.int64)
+    inputs = PlanInputs(lengths, (MaskRule(),), 64, make_pool(64, 0, True), 10_000, 128, 4)
+    plan = plan_step(inputs, MaskRule())
+    routes = routes_of(plan)
+    received = np.bincount(routes.keys.server, routes.keys.rows * (routes.keys.rank != routes.keys.server), 64)
+    assert plan.imbalance() <= 1.01 and received.max() < 3 * received.mean(), received
 
 
 @settings(max_examples=40, deadline=None)
