@@ -37,6 +37,8 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[2, 0, 3] -> ([0, 0, 2, 2, 2], [0, 1, 0, 1, 2]): which entry each repeat belongs to, and its number within it."""
+    if (counts == 1).all():  # often, and then there is nothing to compute
+        return np.arange(len(counts)), np.zeros(len(counts), np.int64)
     index = np.repeat(np.arange(len(counts)), counts)
     starts = np.cumsum(counts) - counts
     return index, np.arange(len(index)) - starts[index]

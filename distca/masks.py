@@ -51,13 +51,15 @@ class Bands:
 
     def __getitem__(self, index) -> Bands:
         """The bands that `index` (a slice, mask or integer array) selects."""
+        if isinstance(index, np.ndarray) and index.dtype == bool:
+            index = np.flatnonzero(index)  # once for all columns
         return Bands(*(getattr(self, f.name)[index] for f in fields(self)))
 
     def area(self) -> np.ndarray:
         """(B,) int64: how many (query, key) pairs each band allows, exactly."""
         rows, keys = self.q1 - self.q0, self.k1 - self.k0
         pairs = _pairs_at_or_below(rows, keys, self.hi)
-        if (self.lo > 1 - rows).any():  # otherwise every row's first key is at or left of the band's, as in causal masks
+        if (self.lo > 1 - rows).any():  # in a causal mask no row starts later than its band
             pairs -= _pairs_at_or_below(rows, keys, self.lo - 1)
         return np.maximum(pairs, 0)  # hi < lo allows nothing
 
@@ -165,18 +167,17 @@ def tighten(bands: Bands) -> Bands:
     last_row = np.minimum(rows - 1, keys - 1 - bands.lo)  # beyond it i + lo >= keys: right of every key
     first_key = np.maximum(0, first_row + bands.lo)
     last_key = np.minimum(keys - 1, last_row + bands.hi)
-    empty = (rows <= 0) | (keys <= 0) | (last_row < first_row) | (last_key < first_key) | (bands.hi < bands.lo)
-    q0, k0 = bands.q0 + np.where(empty, 0, first_row), bands.k0 + np.where(empty, 0, first_key)
-    q1 = np.where(empty, q0, bands.q0 + last_row + 1)
-    k1 = np.where(empty, k0, bands.k0 + last_key + 1)
+    some = (rows > 0) & (keys > 0) & (last_row >= first_row) & (last_key >= first_key) & (bands.hi >= bands.lo)
+    q0, k0 = bands.q0 + first_row * some, bands.k0 + first_key * some
+    q1, k1 = q0 + (last_row + 1 - first_row) * some, k0 + (last_key + 1 - first_key) * some
     return _rebase(bands, q0, q1, k0, k1)
 
 
 def _rebase(bands: Bands, q0, q1, k0, k1) -> Bands:
     """The same diagonals seen from another corner."""
     shift = (q0 - bands.q0) - (k0 - bands.k0)
-    bounded = lambda x: np.where(np.abs(x) >= UNBOUNDED // 2, x, x + shift)  # noqa: E731 - infinity stays infinity
-    return Bands(q0, np.maximum(q0, q1), k0, np.maximum(k0, k1), bounded(bands.lo), bounded(bands.hi))
+    moved = lambda x: x + shift * (np.abs(x) < UNBOUNDED // 2)  # noqa: E731 - infinity stays infinity
+    return Bands(q0, np.maximum(q0, q1), k0, np.maximum(k0, k1), moved(bands.lo), moved(bands.hi))
 
 
 def _pairs_at_or_below(rows: np.ndarray, keys: np.ndarray, x: np.ndarray) -> np.ndarray:
