@@ -210,7 +210,11 @@ def _union(server, document, start, end) -> tuple[np.ndarray, np.ndarray, np.nda
 
 def _rows_by(peer: np.ndarray, first: np.ndarray, count: np.ndarray) -> dict[int, np.ndarray]:
     """The ranges [first, first + count) of each peer as row numbers."""
-    parts = {}
-    for at, start, end in zip(peer.tolist(), first.tolist(), (first + count).tolist(), strict=True):
-        parts.setdefault(at, []).append(np.arange(start, end))
-    return {at: np.concatenate(rows) for at, rows in parts.items()}
+    order = np.argsort(peer, kind="stable")
+    peer, first, count = peer[order], first[order], count[order]
+    end = np.cumsum(count)
+    rows = np.empty(int(count.sum()), np.int64)  # ranges are few and long: filling beats one big sum with temporaries
+    for value, start, stop in zip(first.tolist(), (end - count).tolist(), end.tolist(), strict=True):
+        rows[start:stop] = np.arange(value, value + stop - start)
+    peers, begin = np.unique(peer, return_index=True)
+    return dict(zip(peers.tolist(), np.split(rows, end[begin[1:] - 1]), strict=True)) if len(peers) else {}
