@@ -15,14 +15,19 @@ def sum_by(key: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:
 def order_by(*columns: np.ndarray) -> np.ndarray:
     """(N,) the stable order by the first column, then the second …; none holds a negative number."""
     count = len(columns[0])
-    sizes = [int(column.max(initial=0)) + 1 for column in columns]
-    bits = sum(size.bit_length() for size in sizes) + count.bit_length()
-    if bits > 62:
-        return np.lexsort(columns[::-1])
+    widths = [int(column.max(initial=0)).bit_length() for column in columns]
+    number_width = count.bit_length()
+    if sum(widths) + number_width > 63:  # too wide for one key: by the last column, then stably by the others
+        if len(columns) == 1:
+            return np.argsort(columns[0], kind="stable")
+        last = order_by(columns[-1])
+        return last[order_by(*(column[last] for column in columns[:-1]))]
     key = columns[0]
-    for column, size in zip(columns[1:], sizes[1:], strict=True):
-        key = key * size + column
-    return np.sort(key * count + np.arange(count)) % max(count, 1)  # one packed key: several times faster than lexsort
+    for column, width in zip(columns[1:], widths[1:], strict=True):
+        key = key << width | column
+    key = key << number_width | np.arange(count)  # one packed key: several times faster than lexsort
+    key.sort()
+    return key & ((1 << number_width) - 1)
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -32,6 +37,8 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[2, 0, 3] -> ([0, 0, 2, 2, 2], [0, 1, 0, 1, 2]): which entry each repeat belongs to, and its number within it."""
+    if (counts == 1).all():  # often, and then there is nothing to compute
+        return np.arange(len(counts)), np.zeros(len(counts), np.int64)
     index = np.repeat(np.arange(len(counts)), counts)
     starts = np.cumsum(counts) - counts
     return index, np.arange(len(index)) - starts[index]

@@ -60,12 +60,10 @@ def fastest(plan_at: Callable[[int], Plan], tolerance: int, wire: Wire) -> Plan:
 
 def _traffic(plan: Plan, wire: Wire) -> tuple[np.ndarray, np.ndarray]:
     """(servers,) and (ranks,) int64: what receiving and what sending costs."""
-    pool, routes = plan.pool, routes_of(plan)
-    first_rank = np.array([-1 if h is None else h * pool.ranks_per_home for h in pool.home], np.int64)
+    pool, size = plan.pool, wire.ranks_per_node
+    node = np.array([-1 if h is None else h * pool.ranks_per_home // size for h in pool.home], np.int64)
 
-    def per_row(shipments: Shipments, kind: int) -> np.ndarray:
-        node = first_rank[shipments.server] // wire.ranks_per_node  # of a dedicated server -1: no rank is there
-        return np.where(node == shipments.rank // wire.ranks_per_node, wire.near[kind], wire.far[kind])
+    def row_of(kind: int) -> Callable[[Shipments], np.ndarray]:
+        return lambda away: np.where(node[away.server] == away.rank // size, wire.near[kind], wire.far[kind])
 
-    num_ranks = int(plan.segments.rank.max(initial=0)) + 1
-    return routes.traffic(num_ranks, per_row(routes.queries, 0), per_row(routes.keys, 1))
+    return routes_of(plan).traffic(int(plan.segments.rank.max(initial=0)) + 1, row_of(0), row_of(1))

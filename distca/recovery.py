@@ -20,17 +20,16 @@ UNIT = 1024  # loads are compared per capacity, as integers
 
 def without_servers(plan: Plan, lost: Collection[int]) -> Plan:
     """The same tasks; those of `lost` servers, most work first, go to the survivor that is done first."""
-    survivors = [s for s in range(len(plan.pool)) if s not in lost]
-    assert survivors, f"all {len(plan.pool)} servers are lost"
-    area = plan.bands.area()
     is_lost = np.zeros(len(plan.pool), bool)
     is_lost[list(lost)] = True
-    moving = np.flatnonzero(is_lost[plan.server])
-    moving = moving[np.argsort(-area[moving], kind="stable")]
-    server = plan.server.copy()
+    survivors = np.flatnonzero(~is_lost).tolist()
+    assert survivors, f"all {len(plan.pool)} servers are lost"
+    moving, server = np.flatnonzero(is_lost[plan.server]), plan.server.copy()
     if len(survivors) == 1:
         server[moving] = survivors[0]
         return replace(plan, server=server)
+    area = plan.bands.area()
+    moving = moving[np.argsort(-area[moving], kind="stable")]
     load, capacity = sum_by(plan.server, area, len(plan.pool)).tolist(), plan.pool.capacity
     heap = [(UNIT * load[s] // capacity[s], s) for s in survivors]
     heapq.heapify(heap)

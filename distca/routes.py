@@ -5,92 +5,96 @@ A server's rows lie packed, sorted by document and position, so that the rows an
     home rank 0  | doc 0 | doc 1 ...|        server 2  queries | doc 1 rows 128.. | doc 4 rows 0.. |
     home rank 1  | ... doc 1 | doc 4 |                 keys    | doc 1 keys 0..        | doc 4 keys 0.. |
 
-A `Shipment` is a run of rows with one home rank and one server; both ends derive their row numbers from the same
-table. A row goes
-to a server once, however many of the server's tasks read it.
+A *shipment* is a run of rows with one home rank and one server; both ends derive their row numbers from the same
+shipments, in the order in which the rows lie at the server. A row goes to a server once, however many of the server's
+tasks read it. Nobody works out all shipments of a plan: a trainer needs those of its own documents, a server those of
+its own tasks, and most documents are attended where they live.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from distca.arrays import order_by, ranges, sum_by
 from distca.masks import Bands
-from distca.plan import Plan, Pool
+from distca.plan import Plan
 
 NO_ROWS = np.zeros(0, np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class Shipments:
-    """Rows [home_row, home_row + rows) of `rank` are rows [server_row, server_row + rows) of `server`. In the server's
-    order."""
-
-    rank: np.ndarray  # (N,) int64
-    server: np.ndarray  # (N,) int64
-    home_row: np.ndarray  # (N,) int64
-    server_row: np.ndarray  # (N,) int64
-    rows: np.ndarray  # (N,) int64
-
-    def of_rank(self, rank: int) -> dict[int, np.ndarray]:
-        """Row numbers at home that the rank exchanges with each server, in the order in which they travel."""
-        mine = np.flatnonzero(self.rank == rank)
-        return _rows_by(self.server[mine], self.home_row[mine], self.rows[mine])
-
-    def are_disjoint(self, rank: int) -> bool:
-        """No row of the rank goes to more than one server."""
-        mine = np.flatnonzero(self.rank == rank)
-        mine = mine[np.argsort(self.home_row[mine])]
-        return bool((self.home_row[mine[1:]] >= (self.home_row + self.rows)[mine[:-1]]).all())
-
-    def of_server(self, server: int) -> dict[int, np.ndarray]:
-        """Row numbers at the server that it exchanges with each rank, in the order in which they travel."""
-        mine = np.arange(*np.searchsorted(self.server, [server, server + 1]))
-        mine = mine[np.argsort(self.rank[mine], kind="stable")]
-        return _rows_by(self.rank[mine], self.server_row[mine], self.rows[mine])
+Weight = int | Callable[["Shipments"], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """All rows that one plan moves, and every server's task list."""
+    """All rows that one plan moves, and every server's task list, for whoever asks."""
 
-    queries: Shipments
-    keys: Shipments
-    tasks: Bands  # (C,) the plan's tasks, in the packed rows of their server
-    server: np.ndarray  # (C,) int64
-    pool: Pool
+    plan: Plan
     digest: int
 
     def of_trainer(self, rank: int) -> TrainerRoute:
-        q_rows, kv_rows = self.queries.of_rank(rank), self.keys.of_rank(rank)
+        segments = self.plan.segments
+        tasks = _tasks_of(self.plan, np.unique(segments.document[segments.rank == rank]))
+        queries, keys = (shipments.of_rank(rank) for shipments, _ in _ship(self.plan, tasks))
+        q_rows, kv_rows = (_rows_by(x.server, x.home_row, x.rows) for x in (queries, keys))
         links = tuple(
             ServerRows(s, q_rows.get(s, NO_ROWS), kv_rows.get(s, NO_ROWS)) for s in sorted({*q_rows, *kv_rows})
         )
-        return TrainerRoute(rank, links, self.queries.are_disjoint(rank), self.digest)
+        return TrainerRoute(rank, links, queries.are_disjoint(), self.digest)
 
     def of_server(self, server: int) -> ServerRoute:
-        q_rows, kv_rows = self.queries.of_server(server), self.keys.of_server(server)
+        tasks = np.flatnonzero(self.plan.server == server)
+        (queries, q0), (keys, k0) = _ship(self.plan, tasks)
+        q_rows, kv_rows = queries.by_rank(), keys.by_rank()
         links = tuple(
             TrainerRows(r, q_rows.get(r, NO_ROWS), kv_rows.get(r, NO_ROWS)) for r in sorted({*q_rows, *kv_rows})
         )
-        num_q, num_kv = (sum(len(rows) for rows in x.values()) for x in (q_rows, kv_rows))
-        return ServerRoute(server, links, self.tasks[self.server == server], num_q, num_kv, self.digest)
+        b = self.plan.bands[tasks]
+        packed = Bands(q0, q0 + b.q1 - b.q0, k0, k0 + b.k1 - b.k0, b.lo, b.hi)
+        return ServerRoute(server, links, packed, int(queries.rows.sum()), int(keys.rows.sum()), self.digest)
 
     def moved_rows(self) -> tuple[int, int]:
         """How many query rows and key/value rows are attended away from their home rank."""
-        return tuple(int(x.rows[_is_away(x, self.pool)].sum()) for x in (self.queries, self.keys))
+        return tuple(int(shipments.rows.sum()) for shipments in _ship_away(self.plan))
 
-    def traffic(self, num_ranks: int, query, key) -> tuple[np.ndarray, np.ndarray]:
+    def traffic(self, num_ranks: int, query: Weight, key: Weight) -> tuple[np.ndarray, np.ndarray]:
         """(servers,) and (ranks,) int64: what each receives and sends away from home, if a query row weighs `query`
-        and a key/value row `key`: a number, or one for each shipment."""
-        received, sent = np.zeros(len(self.pool), np.int64), np.zeros(num_ranks, np.int64)
-        for shipments, weight in ((self.queries, query), (self.keys, key)):
-            rows = np.where(_is_away(shipments, self.pool), shipments.rows * weight, 0)
-            received += sum_by(shipments.server, rows, len(received))
-            sent += sum_by(shipments.rank, rows, num_ranks)
+        and a key/value row `key`: a number, or a function that gives one for each shipment."""
+        received, sent = np.zeros(len(self.plan.pool), np.int64), np.zeros(num_ranks, np.int64)
+        for away, weight in zip(_ship_away(self.plan), (query, key), strict=True):
+            weighed = away.rows * (weight(away) if callable(weight) else weight)
+            received += sum_by(away.server, weighed, len(received))
+            sent += sum_by(away.rank, weighed, num_ranks)
         return received, sent
+
+
+@dataclass(frozen=True, slots=True)
+class Shipments:
+    """Rows [home_row, home_row + rows) of `rank` go to `server`. Sorted by server, then as its rows lie there, without
+    gaps."""
+
+    rank: np.ndarray  # (N,) int64
+    server: np.ndarray  # (N,) int64
+    home_row: np.ndarray  # (N,) int64
+    rows: np.ndarray  # (N,) int64
+
+    def __getitem__(self, index) -> Shipments:
+        return Shipments(self.rank[index], self.server[index], self.home_row[index], self.rows[index])
+
+    def of_rank(self, rank: int) -> Shipments:
+        return self[self.rank == rank]
+
+    def by_rank(self) -> dict[int, np.ndarray]:
+        """All shipments of one server: the server's row numbers that each rank sends, in the order in which they
+        travel."""
+        return _rows_by(self.rank, np.cumsum(self.rows) - self.rows, self.rows)
+
+    def are_disjoint(self) -> bool:
+        """All shipments of one rank: no row goes to more than one server."""
+        order = np.argsort(self.home_row)
+        start, rows = self.home_row[order], self.rows[order]
+        return bool((start[1:] >= (start + rows)[:-1]).all())
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,46 +136,61 @@ class ServerRoute:
 
 def routes_of(plan: Plan) -> Routes:
     """Every row that has to be at a server for its tasks, once each."""
-    b = plan.bands
-    queries, q_base = _ship(plan, b.q0, b.q1)
-    keys, k_base = _ship(plan, b.k0, b.k1)
-    tasks = Bands(q_base, q_base + b.q1 - b.q0, k_base, k_base + b.k1 - b.k0, b.lo, b.hi)
-    return Routes(queries, keys, tasks, plan.server, plan.pool, plan.digest())
+    return Routes(plan, plan.digest())
 
 
-def _ship(plan: Plan, start: np.ndarray, end: np.ndarray) -> tuple[Shipments, np.ndarray]:
-    """Shipments that cover the tasks' row ranges [start, end), and the server row at which each task's range begins."""
-    span, first_task, span_end = _union(plan.server, plan.document, start, end)
-    span_server, span_document, span_start = plan.server[first_task], plan.document[first_task], start[first_task]
-    rows = span_end - span_start
-    before = np.cumsum(rows) - rows
-    servers_before = np.searchsorted(span_server, np.arange(len(plan.pool)))
-    span_row = before - np.append(before, rows.sum())[servers_before][span_server]
-    base = span_row[span] + start - span_start[span]
+def _tasks_of(plan: Plan, documents: np.ndarray) -> np.ndarray:
+    """The plan's tasks of some documents, in the plan's order if the documents are."""
+    first = np.searchsorted(plan.document, documents)
+    return ranges(first, np.searchsorted(plan.document, documents, side="right") - first)
 
-    # each span crosses one or more home segments of its document, which are consecutive when sorted by (document,
-    # start)
+
+def _ship_away(plan: Plan) -> list[Shipments]:
+    """Query rows and key/value rows that are attended away from their home rank."""
+    s, pool = plan.segments, plan.pool
+    home_of_server = np.array([-1 if h is None else h for h in pool.home], np.int64)  # nobody lives in -1
+    home = s.rank // pool.ranks_per_home
+    last_home = np.zeros(len(plan.lengths), np.int64)
+    last_home[s.document] = home
+    has_one_home = np.ones(len(plan.lengths), bool)
+    has_one_home[s.document[last_home[s.document] != home]] = False
+    stays = has_one_home[plan.document] & (last_home[plan.document] == home_of_server[plan.server])
+    shipments = [x for x, _ in _ship(plan, np.flatnonzero(~stays))]
+    return [x[home_of_server[x.server] != x.rank // pool.ranks_per_home] for x in shipments]
+
+
+def _ship(plan: Plan, tasks: np.ndarray) -> tuple[tuple[Shipments, np.ndarray], tuple[Shipments, np.ndarray]]:
+    """For queries, then for keys: what some tasks need, and the row at which each task's own begin, counted over all
+    these shipments."""
+    b, server, document = plan.bands[tasks], plan.server[tasks], plan.document[tasks]
+    involved = np.zeros(len(plan.lengths), bool)
+    involved[document] = True
     s = plan.segments
-    order = order_by(s.document, s.start)
-    of_document = np.bincount(s.document, minlength=len(plan.lengths))
-    low = (np.cumsum(of_document) - of_document)[span_document]
-    high = low + of_document[span_document]
-    many = np.flatnonzero(high > low + 1)  # documents on one rank, by far the most, need no search
-    stride = int(plan.lengths.max(initial=0)) + 1
-    where = s.document[order] * stride
-    low[many] = np.searchsorted(where + s.end[order], span_document[many] * stride + span_start[many], side="right")
-    high[many] = np.searchsorted(where + s.start[order], span_document[many] * stride + span_end[many], side="left")
-    crossed, segment = np.repeat(np.arange(len(low)), high - low), order[ranges(low, high - low)]
+    segments = np.flatnonzero(involved[s.document])
+    segments = segments[order_by(s.document[segments], s.start[segments])]
+    return tuple(
+        _ship_ranges(plan, segments, server, document, start, end) for start, end in ((b.q0, b.q1), (b.k0, b.k1))
+    )
+
+
+def _ship_ranges(plan: Plan, segments, server, document, start, end) -> tuple[Shipments, np.ndarray]:
+    """Shipments that cover the row ranges [start, end) of documents for servers, and where each range begins in them.
+    `segments`, sorted by document and start, hold all rows of these documents."""
+    span, first_range, span_end = _union(server, document, start, end)
+    span_server, span_document, span_start = server[first_range], document[first_range], start[first_range]
+    rows = span_end - span_start
+    begin = (np.cumsum(rows) - rows)[span] + start - span_start[span]
+
+    # each span crosses one or more segments of its document, which are consecutive
+    s, stride = plan.segments, int(plan.lengths.max(initial=0)) + 1
+    base, lift = s.document[segments] * stride, span_document * stride
+    low = np.searchsorted(base + s.end[segments], lift + span_start, side="right")
+    high = np.searchsorted(base + s.start[segments], lift + span_end, side="left")
+    crossed, segment = np.repeat(np.arange(len(low)), high - low), segments[ranges(low, high - low)]
     first = np.maximum(span_start[crossed], s.start[segment])
     last = np.minimum(span_end[crossed], s.end[segment])
-    shipments = Shipments(
-        s.rank[segment],
-        span_server[crossed],
-        s.row[segment] + first - s.start[segment],
-        span_row[crossed] + first - span_start[crossed],
-        last - first,
-    )
-    return shipments, base
+    home_row = s.row[segment] + first - s.start[segment]
+    return Shipments(s.rank[segment], span_server[crossed], home_row, last - first), begin
 
 
 def _union(server, document, start, end) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -192,13 +211,13 @@ def _union(server, document, start, end) -> tuple[np.ndarray, np.ndarray, np.nda
     return span, order[first], np.maximum.reduceat(end, first) if len(first) else end
 
 
-def _is_away(shipments: Shipments, pool: Pool) -> np.ndarray:
-    home = np.array([-1 if h is None else h for h in pool.home], np.int64)  # no rank lives in -1
-    return home[shipments.server] != shipments.rank // pool.ranks_per_home
-
-
 def _rows_by(peer: np.ndarray, first: np.ndarray, count: np.ndarray) -> dict[int, np.ndarray]:
-    """The ranges [first, first + count) of each peer as row numbers; peers are sorted."""
-    rows, ends = ranges(first, count), np.cumsum(count)
+    """The ranges [first, first + count) of each peer as row numbers."""
+    order = np.argsort(peer, kind="stable")
+    peer, first, count = peer[order], first[order], count[order]
+    end = np.cumsum(count)
+    rows = np.empty(int(count.sum()), np.int64)  # ranges are few and long: filling beats one big sum with temporaries
+    for value, start, stop in zip(first.tolist(), (end - count).tolist(), end.tolist(), strict=True):
+        rows[start:stop] = np.arange(value, value + stop - start)
     peers, begin = np.unique(peer, return_index=True)
-    return dict(zip(peers.tolist(), np.split(rows, ends[begin[1:] - 1]), strict=True)) if len(peers) else {}
+    return dict(zip(peers.tolist(), np.split(rows, end[begin[1:] - 1]), strict=True)) if len(peers) else {}

@@ -235,13 +235,14 @@ class Trainer:
         my_routes = {plan: r.of_trainer(self._rank) for plan, r in routes.items()}
         mine = plans[self._rules[0]][0].segments.of_rank(self._rank)
         rows = self._stream.rows(pieces, mine.document, mine.start, mine.end)
+        figures = {plan: (plan.load_at_home(), plan.load(), r.moved_rows()) for plan, r in routes.items()}
         load_at_home, load, moved = np.zeros(trainers, np.int64), np.zeros(len(self._pool), np.int64), 0
         for call in self._calls:
             for plan in set(plans[call.rule]):
-                load_at_home, load = load_at_home + plan.load_at_home(), load + plan.load()
+                load_at_home, load = load_at_home + figures[plan][0], load + figures[plan][1]
             shape = _shape(call, DTYPES[self._settings.train.precision])
             for backward, plan in enumerate(plans[call.rule]):
-                moved += shape.wire_bytes(*routes[plan].moved_rows(), bool(backward))
+                moved += shape.wire_bytes(*figures[plan][2], bool(backward))
         summary = PlanSummary(load_at_home, load, sum(len(plan.server) for plan in routes), moved)
         digest = combined_digest([routes[plan].digest for both in plans.values() for plan in both])
         return MicroBatch(

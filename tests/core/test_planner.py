@@ -120,6 +120,46 @@ def test_moved_rows_count_only_rows_away_from_home():
     assert routes_of(plan_step(inputs, MaskRule())).moved_rows() == (2048, 2048)
 
 
+@settings(max_examples=60, deadline=None)
+@given(lengths_lists, pools, st.sampled_from([0, 100]), st.booleans(), st.data())
+def test_moved_rows_and_traffic_are_the_sums_over_all_routes(lengths, pool, window, greedy, data):
+    num_ranks = max([2, *(h + 1 for h in pool.home if h is not None)])
+    inputs = inputs_for(lengths, num_ranks, pool, window, block=16)
+    plan = (greedy_plan if greedy else plan_step)(inputs, inputs.rules[0])
+    plan = without_servers(plan, data.draw(st.sets(st.integers(1, len(pool)), max_size=1)) & set(range(len(pool))))
+    routes, moved = routes_of(plan), np.zeros((num_ranks, len(pool), 2), np.int64)
+    for rank in range(num_ranks):
+        for link in routes.of_trainer(rank).links:
+            moved[rank, link.server] = len(link.q_rows), len(link.kv_rows)
+    for server, home in enumerate(pool.home):
+        for link in routes.of_server(server).links:
+            assert moved[link.rank, server].tolist() == [len(link.q_rows), len(link.kv_rows)]
+        if home is not None:
+            moved[home, server] = 0
+    assert routes.moved_rows() == tuple(moved.sum(axis=(0, 1)))
+    received, sent = routes.traffic(num_ranks, 4, 2)
+    halves = moved @ [4, 2]
+    assert (received == halves.sum(axis=0)).all() and (sent == halves.sum(axis=1)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_lists, st.data())
+def test_a_digest_depends_on_every_number_and_its_place(lengths, data):
+    plan = plan_step(inputs_for(lengths, 3, make_pool(3, 2, True), block=16), MaskRule())
+    part = data.draw(st.sampled_from(["bands", "segments", "plan"]))
+    table = plan if part == "plan" else getattr(plan, part)
+    name = data.draw(st.sampled_from(["document", "server"] if part == "plan" else list(type(table).__slots__)))
+    column = getattr(table, name).copy()
+    at = data.draw(st.integers(0, len(column) - 1))
+    other = data.draw(st.integers(0, len(column) - 1))
+    if data.draw(st.booleans()) and column[at] != column[other]:
+        column[[at, other]] = column[[other, at]]
+    else:
+        column[at] += data.draw(st.sampled_from([-128, -1, 1, 128, 2**40]))
+    changed = replace(table, **{name: column})
+    assert (changed if part == "plan" else replace(plan, **{part: changed})).digest() != plan.digest()
+
+
 def heavy_tailed(num_ranks, tokens, longest, seed):
     """Many short documents and a few of up to `longest` tokens, `tokens` for each of the ranks."""
     rng = np.random.default_rng(seed)
@@ -181,8 +221,7 @@ def test_nobody_receives_many_times_the_keys_that_others_do():
     lengths = np.array([131_072] * 8 + [4096] * 256, np.int64)
     inputs = PlanInputs(lengths, (MaskRule(),), 64, make_pool(64, 0, True), 10_000, 128, 4)
     plan = plan_step(inputs, MaskRule())
-    routes = routes_of(plan)
-    received = np.bincount(routes.keys.server, routes.keys.rows * (routes.keys.rank != routes.keys.server), 64)
+    received, _ = routes_of(plan).traffic(64, query=0, key=1)
     assert plan.imbalance() <= 1.01 and received.max() < 3 * received.mean(), received
 
 
