@@ -193,6 +193,9 @@ class PlannerSettings(Settings):
     block of 128 rows. Or a YAML file with measured times (configs/hardware)."""
     backward: Literal["same-plan", "own-plan"] = "same-plan"
     """Whether backward, whose kernels have other costs, gets a plan of its own."""
+    neighbourhoods: PositiveInt = 1
+    """Trainers and servers are in so many runs, such as racks, in their order; work leaves a neighbourhood only where
+    its own servers have no time left. Neighbourhoods too small for the longest document are joined."""
     wire: WireSettings = WireSettings()
 
     @model_validator(mode="after")

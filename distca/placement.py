@@ -89,6 +89,31 @@ def place(
     return Segments(document, start, end, rank, np.cumsum(end - start) - (end - start) - (np.cumsum(rows) - rows)[rank])
 
 
+def place_in_neighbourhoods(
+    lengths: np.ndarray, work: np.ndarray, share: np.ndarray, rows: np.ndarray, group: int, block: int, number: int
+) -> Segments:
+    """`place` onto so many neighbourhoods, each taken for one large rank; then each one's documents and parts of
+    documents onto its own ranks."""
+    if number == 1:
+        return place(lengths, work, share, rows, group, block)
+    number = min(number, len(share))
+    first = np.arange(number + 1) * len(share) // number
+    pooled = (np.add.reduceat(column, first[:-1]) for column in (share, rows))
+    outer, parts = place(lengths, work, *pooled, group, block), []
+    for neighbourhood, (low, high) in enumerate(zip(first[:-1].tolist(), first[1:].tolist(), strict=True)):
+        mine = outer.of_rank(neighbourhood)
+        part_rows, part_work = mine.end - mine.start, work[mine.document]
+        for i in np.flatnonzero(part_rows < lengths[mine.document]).tolist():
+            d, start, end = (int(column[i]) for column in (mine.document, mine.start, mine.end))
+            part_work[i] = _pairs_of_rows(int(work[d]), int(lengths[d]), start, end)
+        order = np.argsort(-part_rows, kind="stable")
+        inner = place(part_rows[order], part_work[order], share[low:high], rows[low:high], group, block)
+        at = order[inner.document]
+        start = mine.start[at]
+        parts.append((mine.document[at], start + inner.start, start + inner.end, inner.rank + low, inner.row))
+    return Segments(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
 def split_ranks(homes: Segments, num_ranks: int, rows: int) -> Segments:
     """Segments of homes, each a group of `num_ranks` ranks of `rows` rows -> segments of ranks, in the same order."""
     last_row = homes.row + homes.end - homes.start - 1

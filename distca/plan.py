@@ -37,6 +37,9 @@ class Pool:
     ranks_per_home: int = 1
     """A server that is a group of GPUs, such as one NVLink domain, lives on as many ranks: its home `h` is the ranks
     from h * ranks_per_home on. Heads are split inside the group."""
+    neighbourhoods: int = 1
+    """Ranks and servers are in so many runs, in their order, and work leaves a neighbourhood only where its own servers
+    have no time left. The planner joins neighbourhoods that are too small for the longest document."""
 
     def __post_init__(self):
         assert len(self.capacity) == len(self.home) > 0, "a pool has at least one server"
@@ -44,6 +47,14 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.capacity)
+
+    def neighbourhood(self) -> np.ndarray:
+        """(servers,) int64: which one each server is in; dedicated servers and those that live somewhere are counted
+        apart."""
+        dedicated = np.array([home is None for home in self.home])
+        number = np.where(dedicated, np.cumsum(dedicated), np.cumsum(~dedicated)) - 1
+        size = np.where(dedicated, dedicated.sum(), (~dedicated).sum())
+        return ((number + 1) * self.neighbourhoods - 1) // np.maximum(size, 1)
 
 
 def make_pool(
@@ -76,7 +87,7 @@ class PlanInputs:
         """As int64 words, to cross a wire without pickle. Rules only: nobody sends a `Mask`."""
         pool, costs = self.pool, [cost.to_words() for cost in self.costs]
         sections = [
-            [self.num_ranks, self.tolerance, self.block, self.group, pool.ranks_per_home],
+            [self.num_ranks, self.tolerance, self.block, self.group, pool.ranks_per_home, pool.neighbourhoods],
             [rule.window for rule in self.rules],
             pool.capacity,
             [0 if h is None else h + 1 for h in pool.home],
@@ -93,8 +104,8 @@ class PlanInputs:
         ends = np.cumsum(words[1 : num_sections + 1]) + num_sections + 1
         # a message may be longer than its last section, up to its alignment
         head, windows, capacity, home, sizes, costs, wires, lengths, _ = np.split(words, ends)
-        num_ranks, tolerance, block, group, ranks_per_home = head[num_sections + 1 :].tolist()
-        pool = Pool(tuple(capacity.tolist()), tuple(h - 1 if h else None for h in home.tolist()), ranks_per_home)
+        num_ranks, tolerance, block, group, *groups = head[num_sections + 1 :].tolist()
+        pool = Pool(tuple(capacity.tolist()), tuple(h - 1 if h else None for h in home.tolist()), *groups)
         rules = tuple(MaskRule(window) for window in windows.tolist())
         costs = tuple(cost_from_words(part.tolist()) for part in np.split(costs, np.cumsum(sizes)[:-1]))
         wires = tuple(Wire((a, b), (c, d), ranks) for a, b, c, d, ranks in wires.reshape(-1, 5).tolist())

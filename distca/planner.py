@@ -50,7 +50,7 @@ from distca.cost import Cost
 from distca.leveling import level
 from distca.masks import Bands, Mask, MaskRule, crop, mask_of, tighten
 from distca.payoff import fastest
-from distca.placement import Segments, place, split_ranks
+from distca.placement import Segments, place_in_neighbourhoods, split_ranks
 from distca.plan import MILLION, Plan, PlanInputs, Pool, bands_in, limits, shares
 
 NOBODY = -1  # inside this file: no server
@@ -66,6 +66,7 @@ def plan_step(inputs: PlanInputs, rule: MaskRule | Mask, direction: int = 0) -> 
     lengths = inputs.lengths[by_length]
     masks = {r: r.of_documents(by_length) if isinstance(r, Mask) else mask_of(r, lengths) for r in inputs.rules}
     work = sum(sum_by(m.document, c.of(m.bands), len(lengths)) for m in masks.values() for c in inputs.costs)
+    inputs = replace(inputs, pool=_joined_neighbourhoods(pool, work))
     segments, homes, server = _homes(lengths, work, inputs)
     at, pieces = bands_in(masks[rule], homes.document, homes.start, homes.end)
     pieces = tighten(pieces)
@@ -100,11 +101,20 @@ def plan_directions(inputs: PlanInputs, rule: MaskRule | Mask) -> tuple[Plan, Pl
     return plans[0], plans[-1]
 
 
+def _joined_neighbourhoods(pool: Pool, work: np.ndarray) -> Pool:
+    """The pool with neighbourhoods joined, so many to one, until the longest document fits: else they would cost more
+    than they save (bounded pools as in Libra, arXiv 2607.23250)."""
+    number = pool.neighbourhoods
+    while number > 1 and int(work.max(initial=0)) * number > int(work.sum()):
+        number = next(number // n for n in range(2, number + 1) if number % n == 0)
+    return replace(pool, neighbourhoods=number)
+
+
 def _homes(lengths, work, inputs: PlanInputs) -> tuple[Segments, Segments, np.ndarray]:
     """Where rows lie, where planning starts from, and the server there or NOBODY: (segments,), (homes,), (homes,)."""
     pool, num_homes, total_rows = inputs.pool, inputs.num_ranks // inputs.pool.ranks_per_home, int(lengths.sum())
-    rows = np.full(num_homes, total_rows // num_homes)
-    homes = place(lengths, work, _home_shares(pool, num_homes, int(work.sum())), rows, inputs.group, inputs.block)
+    rows, how = np.full(num_homes, total_rows // num_homes), (inputs.group, inputs.block, pool.neighbourhoods)
+    homes = place_in_neighbourhoods(lengths, work, _home_shares(pool, num_homes, int(work.sum())), rows, *how)
     segments = (
         split_ranks(homes, pool.ranks_per_home, total_rows // inputs.num_ranks) if pool.ranks_per_home > 1 else homes
     )
@@ -112,7 +122,7 @@ def _homes(lengths, work, inputs: PlanInputs) -> tuple[Segments, Segments, np.nd
         return segments, homes, _home_servers(homes.rank, pool, num_homes)
     # no rows lie on a server: place documents once more, as if they did
     spread = np.diff(np.arange(len(pool) + 1) * total_rows // len(pool))
-    homes = place(lengths, work, shares(int(work.sum()), pool), spread, inputs.group, inputs.block)
+    homes = place_in_neighbourhoods(lengths, work, shares(int(work.sum()), pool), spread, *how)
     return segments, homes, homes.rank
 
 
@@ -157,12 +167,14 @@ def _even_out(
 ) -> tuple[np.ndarray, Bands, np.ndarray]:
     """Tasks at home -> tasks of servers that are all within the tolerance: document, band, server of each."""
     pool = inputs.pool
-    for _ in range(ROUNDS):
+    near_first = [pool.neighbourhood()] if pool.neighbourhoods > 1 else []
+    for neighbourhood in [*near_first, *[np.zeros(len(pool), np.int64)] * ROUNDS]:
         costs = cost.of(bands)
         total, load = int(costs.sum()), sum_by(server, costs, len(pool))
         if (load <= limits(total, pool, tolerance)).all():
             return document, bands, server
-        moved = _share_out(document, bands, costs, server, load, limits(total, pool, tolerance * 3 // 4), cost, inputs)
+        limit = limits(total, pool, tolerance * 3 // 4)
+        moved = _share_out(document, bands, costs, server, load, limit, neighbourhood, cost, inputs)
         stays = np.ones(len(bands), bool)
         stays[moved.given] = False
         document = np.concatenate([document[stays], document[moved.piece]])
@@ -187,8 +199,13 @@ class _Moved:
     server: np.ndarray  # (C,) int64
 
 
-def _share_out(document, pieces: Bands, costs, server, load, limit, cost: Cost, inputs: PlanInputs) -> _Moved:
-    """Stages 1 to 4: what goes where when no server may exceed `limit`."""
+def _share_out(
+    document, pieces: Bands, costs, server, load, limit, neighbourhood, cost: Cost, inputs: PlanInputs
+) -> _Moved:
+    """Stages 1 to 4: what goes where when no server may exceed `limit` and nothing leaves its `neighbourhood`,
+    (servers,)."""
+    # what lies of one document in different neighbourhoods is shared out like different documents
+    document = document * (int(neighbourhood.max()) + 1) + neighbourhood[server]
     given, amount = _surplus(pieces, costs, server, load, limit)
     room = np.maximum(limit - load, 0)
     if len(given) == 0 or not room.any():
@@ -197,12 +214,12 @@ def _share_out(document, pieces: Bands, costs, server, load, limit, cost: Cost, 
     shape = _TileShape(inputs.group, pairs, total)
     regions = _regions(pieces[given], costs[given], amount, int(room.max()), shape, cost, inputs.block)
     # documents that give most come first: they take the largest rooms
-    of_document = sum_by(document[given], amount, len(inputs.lengths))[document[given]]
+    of_document = sum_by(document[given], amount, int(document.max()) + 1)[document[given]]
     order = order_by(int(of_document.max()) - of_document, document[given], regions.q0)
     given, amount, regions = given[order], amount[order], regions[order]
     near = (room >= room.max() // 8)[server] & np.isin(document, document[given])
     holders = _servers_of(document[near], server[near])
-    line = _match(document[given], amount, regions, room, holders, shape)
+    line = _match(document[given], amount, regions, room, neighbourhood, holders, shape)
     tiles, item, tile_server = _tiles(regions, pieces[given], amount, amount == costs[given], line, cost, inputs.block)
     tile_piece = given[item]
     tile_server = np.where(tile_server == NOBODY, server[tile_piece], tile_server)
@@ -291,7 +308,9 @@ def _servers_of(document, server) -> dict[int, set[int]]:
     return holders
 
 
-def _match(document, amount, regions: Bands, room, holders: dict[int, set[int]], shape: _TileShape) -> _Line:
+def _match(
+    document, amount, regions: Bands, room, neighbourhood, holders: dict[int, set[int]], shape: _TileShape
+) -> _Line:
     """Receivers for every document's surplus, grouped into bands that are as many tiles wide as suits the region.
 
     `holders` with room for a document of which they hold rows come first: these keys do not move."""
@@ -300,7 +319,9 @@ def _match(document, amount, regions: Bands, room, holders: dict[int, set[int]],
     unit = max(1, int(room.max()) // 64)
     room = room.tolist()
     entry = lambda server: ((room[server] + unit // 2) // unit, -server)  # noqa: E731
-    waiting = sorted(entry(server) for server, pairs in enumerate(room) if pairs)
+    everywhere = [[] for _ in range(int(neighbourhood.max()) + 1)]
+    for server in np.flatnonzero(room).tolist():
+        insort(everywhere[neighbourhood[server]], entry(server))
     band_end, portion_end, portion_band, portion_server = [], [], [], []
     at, first = 0, 0
     while first < len(documents):
@@ -308,6 +329,7 @@ def _match(document, amount, regions: Bands, room, holders: dict[int, set[int]],
         while last < len(documents) and documents[last] == documents[first]:
             last += 1
         portions, left, held = [], sum(amounts[first:last]), holders.get(documents[first], ())
+        waiting = everywhere[documents[first] % len(everywhere)]
         near = sorted((s for s in held if room[s]), key=lambda s: (-room[s], s))
         while left and waiting:
             while near and room[near[0]] > left:
@@ -323,6 +345,8 @@ def _match(document, amount, regions: Bands, room, holders: dict[int, set[int]],
             if room[server]:
                 insort(waiting, entry(server))
         portions.sort(key=lambda portion: -portion[0])
+        if left:
+            portions.append((left, NOBODY))
 
         piece, piece_end = first, at + amounts[first]
         while portions:

@@ -168,7 +168,8 @@ class Plan:
             lengths = read_lengths(self.lengths, self.trainers)
         else:
             lengths = draw_lengths(self.shape, self.context, self.trainers * self.tokens_per_trainer, settings.seed)
-        pool, tolerance = parse_pool(self.pool, self.trainers, self.gpus_per_server), round(planner.tolerance * MILLION)
+        pool = parse_pool(self.pool, self.trainers, self.gpus_per_server)
+        pool, tolerance = replace(pool, neighbourhoods=planner.neighbourhoods), round(planner.tolerance * MILLION)
         shape = AttentionShape(self.query_heads, self.kv_heads, self.head_dim, element_bytes=2)
         group, costs, wires = self.query_heads // self.kv_heads, costs_of(planner), wires_of(planner, shape)
         return PlanInputs(

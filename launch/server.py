@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,7 +54,8 @@ def backend_of(settings: RunSettings) -> str:
 
 def pool_of(settings: RunSettings) -> Pool:
     p = settings.parallel
-    return make_pool(p.trainers, p.servers, p.trainers_serve, p.trainer_capacity)
+    pool = make_pool(p.trainers, p.servers, p.trainers_serve, p.trainer_capacity)
+    return replace(pool, neighbourhoods=settings.planner.neighbourhoods)
 
 
 def meetings(settings: RunSettings) -> list[tuple[int, int]]:

@@ -385,7 +385,7 @@ def test_where_the_wire_is_slow_work_stays_at_home():
     st.lists(st.integers(0, 2**40), max_size=5),
     st.sampled_from(sorted(COSTS)),
     st.booleans(),
-    st.sampled_from([make_pool(8, 2, True, 35, 4), Pool((100, 7, 35), (None, None, 0))]),
+    st.sampled_from([make_pool(8, 2, True, 35, 4), Pool((100, 7, 35), (None, None, 0), 1, 3)]),
     st.integers(0, 3),
 )
 def test_inputs_cross_a_wire(lengths, cost, two, pool, padding):
@@ -396,3 +396,43 @@ def test_inputs_cross_a_wire(lengths, cost, two, pool, padding):
     again = PlanInputs.from_words(words)
     assert again.lengths.tolist() == lengths
     assert replace(again, lengths=inputs.lengths) == inputs
+
+
+def across(plan, number):
+    """Key/value rows that a plan moves from one of `number` runs of ranks to a server of another."""
+    pool = replace(plan.pool, neighbourhoods=number)
+    of_rank = replace(make_pool(32, 0, True), neighbourhoods=number).neighbourhood()
+    of_server = pool.neighbourhood()
+    far = lambda away: (of_server[away.server] != of_rank[away.rank]).astype(np.int64)  # noqa: E731
+    return int(routes_of(plan).traffic(32, query=far, key=far)[0].sum())
+
+
+@pytest.mark.parametrize("pool", [make_pool(32, 0, True), make_pool(32, 8, True)], ids=["in place", "mixed"])
+def test_work_stays_in_neighbourhoods_that_hold_the_longest_document(pool):
+    lengths = heavy_tailed(32, 65_536, 98_304, 0)
+    plans = []
+    for number in (1, 4):
+        neighbours = replace(pool, neighbourhoods=number)
+        plans.append(plan_step(PlanInputs(lengths, (MaskRule(),), 32, neighbours, 10_000, 128), MaskRule()))
+        plans[-1].check()
+        assert plans[-1].imbalance() <= 1.01
+    assert across(plans[1], 4) < across(plans[0], 4) / 3
+
+
+def test_neighbourhoods_too_small_for_the_longest_document_are_joined():
+    lengths = np.array([200_000] + [1_000] * 56, np.int64)
+    alone, eight = (
+        plan_step(
+            PlanInputs(lengths, (MaskRule(),), 32, replace(make_pool(32, 0, True), neighbourhoods=n), 10_000, 128),
+            MaskRule(),
+        )
+        for n in (1, 8)
+    )
+    assert alone.digest() == eight.digest()
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_lists, pools, st.integers(2, 5))
+def test_any_number_of_neighbourhoods_keeps_the_promises(lengths, pool, number):
+    num_ranks = max([2, *(h + 1 for h in pool.home if h is not None)])
+    plan_step(inputs_for(lengths, num_ranks, replace(pool, neighbourhoods=number), block=16), MaskRule()).check()
