@@ -17,11 +17,15 @@ def order_by(*columns: np.ndarray) -> np.ndarray:
     count = len(columns[0])
     widths = [int(column.max(initial=0)).bit_length() for column in columns]
     number_width = count.bit_length()
-    if sum(widths) + number_width > 63:  # too wide for one key: by the last column, then stably by the others
+    if sum(widths) + number_width > 63:  # too wide for one key: by all but the last column, which decides among equals
         if len(columns) == 1:
             return np.argsort(columns[0], kind="stable")
-        last = order_by(columns[-1])
-        return last[order_by(*(column[last] for column in columns[:-1]))]
+        order = order_by(*columns[:-1])
+        again = np.logical_and.reduce([column[order[1:]] == column[order[:-1]] for column in columns[:-1]])
+        equal = np.flatnonzero(np.append(again, False) | np.append(False, again))
+        group = np.cumsum(~np.append(False, again))[equal]
+        order[equal] = order[equal[order_by(group, columns[-1][order[equal]])]]
+        return order
     key = columns[0]
     for column, width in zip(columns[1:], widths[1:], strict=True):
         key = key << width | column
