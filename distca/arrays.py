@@ -21,10 +21,10 @@ def order_by(*columns: np.ndarray) -> np.ndarray:
         if len(columns) == 1:
             return np.argsort(columns[0], kind="stable")
         order = order_by(*columns[:-1])
-        again = np.logical_and.reduce([column[order[1:]] == column[order[:-1]] for column in columns[:-1]])
-        equal = np.flatnonzero(np.append(again, False) | np.append(False, again))
-        group = np.cumsum(~np.append(False, again))[equal]
-        order[equal] = order[equal[order_by(group, columns[-1][order[equal]])]]
+        fresh = np.logical_or.reduce([np.diff(column[order]) != 0 for column in columns[:-1]])
+        group = np.append(0, np.cumsum(fresh))[:count]
+        equal = np.flatnonzero(np.bincount(group)[group] > 1)  # few: of documents and rows, only tiles side by side
+        order[equal] = order[equal[np.lexsort((columns[-1][order[equal]], group[equal]))]]
         return order
     key = columns[0]
     for column, width in zip(columns[1:], widths[1:], strict=True):

@@ -26,7 +26,6 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 
@@ -214,31 +213,35 @@ def _lay_whole(documents, lengths, work, mean, ranks, filler) -> list[tuple[int,
     One for which nobody has room goes where most is."""
     table = []
     density = _filler_density(filler, 0, 0, ranks, mean)
+    documents = documents[work[documents] > mean // LARGE]
     excess = work[documents] - density * lengths[documents] // UNIT  # a document's rows replace filler
-    large = np.flatnonzero(excess * LARGE > mean)
-    spare = sorted((room - density * ranks.free[r] // UNIT, r) for r, room in enumerate(ranks.room))
+    large = np.flatnonzero(excess > mean // LARGE)
+    # (free rows, room, rank) of ranks with too few rows, (room, rank) of the others: documents become shorter
+    waiting = sorted((free, ranks.room[r] - density * free // UNIT, r) for r, free in enumerate(ranks.free))
+    able = []
     for d, pairs in zip(documents[large].tolist(), excess[large].tolist(), strict=True):
-        rows, fits = int(lengths[d]), bisect_left(spare, (pairs,))
-        for i in chain(range(fits, len(spare)), range(fits - 1, -1, -1)):
-            if ranks.free[spare[i][1]] >= rows:
-                room, rank = spare.pop(i)
-                insort(spare, (room - pairs, rank))
-                table.append((d, 0, rows, rank))
-                ranks.take(rank, rows, int(work[d]))
-                break
+        rows = int(lengths[d])
+        while waiting and waiting[-1][0] >= rows:
+            insort(able, waiting.pop()[1:])
+        if able:
+            room, rank = able.pop(min(bisect_left(able, (pairs,)), len(able) - 1))
+            table.append((d, 0, rows, rank))
+            ranks.take(rank, rows, int(work[d]))
+            insort(waiting, (ranks.free[rank], room - pairs, rank))
     return table
 
 
 def _fill(queue: _Queue, ranks: _Ranks, mean: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Entries of the queue, first row, last row, rank: whole documents in runs, then what is left, cut where it must
     be. Longest documents go where most work is needed for each row that is free."""
-    runs, at, free, room = [], 0, ranks.free, ranks.room
-    rows, pairs = queue.rows.tolist(), queue.pairs.tolist()
+    ends, takers, at, free, room = [0], [], 0, ranks.free, ranks.room
+    rows, pairs = memoryview(queue.rows), memoryview(queue.pairs)  # whose entries are Python's integers
 
     def take_run(rank: int, end: int) -> int:
         if end <= at:
             return at
-        runs.append((at, end, rank))
+        ends.append(end)
+        takers.append(rank)
         free[rank] -= rows[end] - rows[at]
         room[rank] -= pairs[end] - pairs[at]
         return end
@@ -259,9 +262,8 @@ def _fill(queue: _Queue, ranks: _Ranks, mean: int) -> tuple[np.ndarray, np.ndarr
         for rank in neediest():
             at = take_run(rank, bisect_right(rows, rows[at] + free[rank] // part, at) - 1)
 
-    first, last, rank = np.array(runs, np.int64).reshape(-1, 3).T
-    # runs follow one another: they are the first `at` entries of the queue
-    whole = np.arange(at), np.zeros(at, np.int64), queue.lengths[:at], np.repeat(rank, last - first)
+    rank = np.repeat(np.array(takers, np.int64), np.diff(ends))
+    whole = np.arange(at), np.zeros(at, np.int64), queue.lengths[:at], rank
     entry, *cut = _pour(queue.rows[at:] - queue.rows[at], np.cumsum([0, *free]))
     return tuple(np.concatenate(both) for both in zip(whole, (at + entry, *cut), strict=True))
 
@@ -285,6 +287,7 @@ def _filler_density(filler: _Queue, rows: int, pairs: int, ranks: _Ranks, mean: 
     if not len(filler):
         return 0
     free, room = np.array(ranks.free), np.array(ranks.room)
+    heavy = np.flatnonzero(filler.work > mean // 6)
     density = 0
     for _ in range(4):
         opened = UNIT * room - density * free > UNIT * mean // 20
@@ -292,8 +295,9 @@ def _filler_density(filler: _Queue, rows: int, pairs: int, ranks: _Ranks, mean: 
         if not open_rows:
             break
         # documents with more work per row than these ranks need, or too much for filler, fill ranks up
-        excess = filler.work - density * filler.lengths // UNIT
-        dense = (filler.per_row >= -(-open_room // open_rows)) | (excess > mean // 6)
+        excess = filler.work[heavy] - density * filler.lengths[heavy] // UNIT
+        dense = filler.per_row >= -(-open_room // open_rows)
+        dense[heavy] |= excess > mean // 6
         num_dense = np.count_nonzero(dense)
         full_rows, full_pairs = rows + int(filler.rows[num_dense]), pairs + int(filler.pairs[num_dense])
         spare = max(1, UNIT * open_room - density * open_rows)

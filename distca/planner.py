@@ -46,7 +46,7 @@ from math import isqrt
 import numpy as np
 
 from distca.arrays import order_by, spread, sum_by
-from distca.cost import Cost
+from distca.cost import Cost, PairCost
 from distca.leveling import level
 from distca.masks import Bands, Mask, MaskRule, crop, mask_of, tighten
 from distca.payoff import fastest
@@ -68,9 +68,9 @@ def plan_step(inputs: PlanInputs, rule: MaskRule | Mask, direction: int = 0) -> 
     work = sum(sum_by(m.document, c.of(m.bands), len(lengths)) for m in masks.values() for c in inputs.costs)
     segments, homes, server = _homes(lengths, work, inputs)
     at, pieces = bands_in(masks[rule], homes.document, homes.start, homes.end)
-    pieces = tighten(pieces)
-    useful = np.flatnonzero(pieces.q1 > pieces.q0)
-    if len(useful) < len(pieces):
+    if isinstance(rule, Mask):  # a rule leaves no row without keys
+        pieces = tighten(pieces)
+        useful = pieces.q1 > pieces.q0
         at, pieces = at[useful], pieces[useful]
     costs = cost.of(pieces)
     server = _adopt(server, sum_by(at, costs, len(server)), shares(int(costs.sum()), pool))
@@ -196,7 +196,8 @@ def _share_out(document, pieces: Bands, costs, server, load, limit, cost: Cost, 
     room = np.maximum(limit - load, 0)
     if len(given) == 0 or not room.any():
         return _Moved(given[:0], pieces[:0], given[:0], given[:0])
-    pairs, total = int(pieces.area().sum()), int(costs.sum())
+    total = int(costs.sum())
+    pairs = total if isinstance(cost, PairCost) else int(pieces.area().sum())
     shape = _TileShape(inputs.group, pairs, total)
     regions = _regions(pieces[given], costs[given], amount, int(room.max()), shape, cost, inputs.block)
     # documents that give most come first: they take the largest rooms
@@ -235,9 +236,11 @@ def _surplus(pieces: Bands, costs, server, load, limit) -> tuple[np.ndarray, np.
     donors = np.flatnonzero((load > limit)[server] & (costs > 0))
     per_row = costs[donors] // (pieces.q1 - pieces.q0)[donors]
     donors = donors[order_by(server[donors], int(per_row.max(initial=0)) - per_row)]
-    before = np.cumsum(costs[donors]) - costs[donors]
-    before -= before[np.searchsorted(server[donors], server[donors])]  # counted from each server's own first piece
-    amount = np.clip((load - limit)[server[donors]] - before, 0, costs[donors])
+    costs, server = costs[donors], server[donors]
+    before = np.cumsum(costs) - costs
+    first = np.searchsorted(server, np.arange(len(load)))
+    before -= before[first[server]]  # counted from each server's own first piece
+    amount = np.clip((load - limit)[server] - before, 0, costs)
     return donors[amount > 0], amount[amount > 0]
 
 
