@@ -23,7 +23,7 @@ def order_by(*columns: np.ndarray) -> np.ndarray:
         order = order_by(*columns[:-1])
         fresh = np.logical_or.reduce([np.diff(column[order]) != 0 for column in columns[:-1]])
         group = np.append(0, np.cumsum(fresh))[:count]
-        equal = np.flatnonzero(np.bincount(group)[group] > 1)  # few: of documents and rows, only tiles side by side
+        equal = np.flatnonzero(np.bincount(group)[group] > 1)  # few of the documents and rows of a plan
         order[equal] = order[equal[np.lexsort((columns[-1][order[equal]], group[equal]))]]
         return order
     key = columns[0]

@@ -73,7 +73,7 @@ def place(
     striped, paired = np.flatnonzero(by_stripes), np.flatnonzero(~by_stripes)
     whole = np.arange(num_split, len(lengths))
     table = _lay_stripes(striped, lengths, work, mean, ranks, block)
-    filler = _Queue(lengths[whole], work[whole])
+    filler = _Queue(lengths[num_split:], work[num_split:])
     table += _lay_pairs(paired, lengths, work, mean, ranks, filler, block)
     table += _lay_whole(whole, lengths, work, mean, ranks, filler)
     split = np.array(table, np.int64).reshape(-1, 4)

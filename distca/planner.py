@@ -68,7 +68,7 @@ def plan_step(inputs: PlanInputs, rule: MaskRule | Mask, direction: int = 0) -> 
     work = sum(sum_by(m.document, c.of(m.bands), len(lengths)) for m in masks.values() for c in inputs.costs)
     segments, homes, server = _homes(lengths, work, inputs)
     at, pieces = bands_in(masks[rule], homes.document, homes.start, homes.end)
-    if isinstance(rule, Mask):  # a rule leaves no row without keys
+    if isinstance(rule, Mask):  # a rule's bands are tight
         pieces = tighten(pieces)
         useful = pieces.q1 > pieces.q0
         at, pieces = at[useful], pieces[useful]
