@@ -207,7 +207,8 @@ def _digest(*tables: list[np.ndarray]) -> int:
 def limits(total: int, pool: Pool, tolerance: int) -> np.ndarray:
     """(servers,) int64: the most pairs each server may get, (1 + tolerance) times its share of `total`."""
     share = shares(total, pool)
-    return share + share * tolerance // MILLION
+    # exact where share * tolerance would not fit 64 bits, as it does not when nothing is to move
+    return share + share // MILLION * tolerance + share % MILLION * tolerance // MILLION
 
 
 def shares(total: int, pool: Pool) -> np.ndarray:
