@@ -17,11 +17,15 @@ def order_by(*columns: np.ndarray) -> np.ndarray:
     count = len(columns[0])
     widths = [int(column.max(initial=0)).bit_length() for column in columns]
     number_width = count.bit_length()
-    if sum(widths) + number_width > 63:  # too wide for one key: by the last column, then stably by the others
+    if sum(widths) + number_width > 63:  # too wide for one key: by all but the last column, which decides among equals
         if len(columns) == 1:
             return np.argsort(columns[0], kind="stable")
-        last = order_by(columns[-1])
-        return last[order_by(*(column[last] for column in columns[:-1]))]
+        order = order_by(*columns[:-1])
+        fresh = np.logical_or.reduce([np.diff(column[order]) != 0 for column in columns[:-1]])
+        group = np.append(0, np.cumsum(fresh))[:count]
+        equal = np.flatnonzero(np.bincount(group)[group] > 1)  # few of the documents and rows of a plan
+        order[equal] = order[equal[np.lexsort((columns[-1][order[equal]], group[equal]))]]
+        return order
     key = columns[0]
     for column, width in zip(columns[1:], widths[1:], strict=True):
         key = key << width | column

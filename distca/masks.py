@@ -78,7 +78,8 @@ class MaskRule:
 
 
 def bands_of(rule: MaskRule, lengths: np.ndarray) -> Bands:
-    """One band per document, in the document's own rows: (documents,) int64 lengths -> Bands."""
+    """One band per document, in the document's own rows: (documents,) int64 lengths -> Bands. Every row sees a key, and
+    every key is seen: a rule's bands are tight."""
     lengths = np.asarray(lengths, np.int64)
     zero = np.zeros_like(lengths)
     lo = np.full_like(lengths, 1 - rule.window if rule.window else -UNBOUNDED)

@@ -26,11 +26,10 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 
-from distca.arrays import order_by, ranges, spread
+from distca.arrays import order_by, spread
 
 UNIT = 1024  # densities are integers: pairs per row, in 1/1024
 LARGE = 32  # documents of more than 1/32 of a share are placed one by one
@@ -74,11 +73,13 @@ def place(
     striped, paired = np.flatnonzero(by_stripes), np.flatnonzero(~by_stripes)
     whole = np.arange(num_split, len(lengths))
     table = _lay_stripes(striped, lengths, work, mean, ranks, block)
-    filler = _Queue(lengths[whole], work[whole])
+    filler = _Queue(lengths[num_split:], work[num_split:])
     table += _lay_pairs(paired, lengths, work, mean, ranks, filler, block)
     table += _lay_whole(whole, lengths, work, mean, ranks, filler)
     split = np.array(table, np.int64).reshape(-1, 4)
-    whole = np.setdiff1d(whole, split[:, 0], assume_unique=True)
+    is_queued = np.ones(len(lengths), bool)
+    is_queued[split[:, 0]] = False
+    whole = np.flatnonzero(is_queued)
     queued, start, end, rank = _fill(_Queue(lengths[whole], work[whole]), ranks, mean)
 
     document = np.concatenate([split[:, 0], whole[queued]])
@@ -167,10 +168,11 @@ class _Queue:
 
     def __init__(self, lengths: np.ndarray, work: np.ndarray):
         self.lengths, self.work = lengths, work
-        self.rows, self.pairs = ([0, *np.cumsum(column).tolist()] for column in (lengths, work))
+        self.per_row = work // lengths
+        self.rows, self.pairs = (np.append(0, np.cumsum(column)) for column in (lengths, work))
 
     def __len__(self) -> int:
-        return len(self.rows) - 1
+        return len(self.lengths)
 
 
 def _lay_stripes(documents, lengths, work, mean, ranks, block) -> list[tuple[int, int, int, int]]:
@@ -195,6 +197,8 @@ def _lay_stripes(documents, lengths, work, mean, ranks, block) -> list[tuple[int
 def _lay_pairs(documents, lengths, work, mean, ranks, filler, block) -> list[tuple[int, int, int, int]]:
     """(document, start, end, rank) of head and tail pairs, from both ends inwards, as large as each rank has room
     for."""
+    if not len(documents):
+        return []
     table = []
     density = _filler_density(filler, int(lengths[documents].sum()), int(work[documents].sum()), ranks, mean)
     waiting = sorted(range(len(ranks.room)), key=lambda r: (ranks.room[r], -r))  # popped from its end: most room first
@@ -234,57 +238,59 @@ def _lay_whole(documents, lengths, work, mean, ranks, filler) -> list[tuple[int,
     One for which nobody has room goes where most is."""
     table = []
     density = _filler_density(filler, 0, 0, ranks, mean)
+    documents = documents[work[documents] > mean // LARGE]
     excess = work[documents] - density * lengths[documents] // UNIT  # a document's rows replace filler
-    large = np.flatnonzero(excess * LARGE > mean)
-    spare = sorted((room - density * ranks.free[r] // UNIT, r) for r, room in enumerate(ranks.room))
+    large = np.flatnonzero(excess > mean // LARGE)
+    # (free rows, room, rank) of ranks with too few rows, (room, rank) of the others: documents become shorter
+    waiting = sorted((free, ranks.room[r] - density * free // UNIT, r) for r, free in enumerate(ranks.free))
+    able = []
     for d, pairs in zip(documents[large].tolist(), excess[large].tolist(), strict=True):
-        rows, fits = int(lengths[d]), bisect_left(spare, (pairs,))
-        for i in chain(range(fits, len(spare)), range(fits - 1, -1, -1)):
-            if ranks.free[spare[i][1]] >= rows:
-                room, rank = spare.pop(i)
-                insort(spare, (room - pairs, rank))
-                table.append((d, 0, rows, rank))
-                ranks.take(rank, rows, int(work[d]))
-                break
+        rows = int(lengths[d])
+        while waiting and waiting[-1][0] >= rows:
+            insort(able, waiting.pop()[1:])
+        if able:
+            room, rank = able.pop(min(bisect_left(able, (pairs,)), len(able) - 1))
+            table.append((d, 0, rows, rank))
+            ranks.take(rank, rows, int(work[d]))
+            insort(waiting, (ranks.free[rank], room - pairs, rank))
     return table
 
 
 def _fill(queue: _Queue, ranks: _Ranks, mean: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Entries of the queue, first row, last row, rank: whole documents in runs, then what is left, cut where it must
     be. Longest documents go where most work is needed for each row that is free."""
-    runs, at, free, room = [], 0, ranks.free, ranks.room
+    ends, takers, at, free, room = [0], [], 0, ranks.free, ranks.room
+    rows, pairs = memoryview(queue.rows), memoryview(queue.pairs)  # whose entries are Python's integers
 
     def take_run(rank: int, end: int) -> int:
-        if end > at:
-            runs.append((at, end, rank))
-            free[rank] -= queue.rows[end] - queue.rows[at]
-            room[rank] -= queue.pairs[end] - queue.pairs[at]
-        return max(at, end)
+        if end <= at:
+            return at
+        ends.append(end)
+        takers.append(rank)
+        free[rank] -= rows[end] - rows[at]
+        room[rank] -= pairs[end] - pairs[at]
+        return end
 
     def neediest() -> list[int]:
-        rows = np.array(free)
-        missing = np.maximum(UNIT * np.array(room), 0) // np.maximum(rows, 1)
-        order = np.lexsort((-rows, -missing))
-        return order[rows[order] > 0].tolist()
+        left = np.array(free)
+        missing = np.maximum(UNIT * np.array(room), 0) // np.maximum(left, 1)
+        order = np.lexsort((-left, -missing))
+        return order[left[order] > 0].tolist()
 
     density = _filler_density(queue, 0, 0, ranks, mean)
+    excess = lambda end: UNIT * pairs[end] - density * rows[end]  # noqa: E731
     for rank in neediest():  # one rank after another up to its share of work, filler included
-        fits = bisect_right(queue.rows, queue.rows[at] + free[rank]) - 1
+        fits = bisect_right(rows, rows[at] + free[rank], at) - 1
         spare = UNIT * room[rank] - density * free[rank]
-        excess = lambda end: UNIT * (queue.pairs[end] - queue.pairs[at]) - density * (queue.rows[end] - queue.rows[at])  # noqa: E731, B023
-        at = take_run(rank, bisect_right(range(at + 1, fits + 1), spare, key=excess) + at)
+        at = take_run(rank, bisect_right(range(fits + 1), spare + excess(at), at + 1, key=excess) - 1)
     for part in (2, 2, 2, 1, 1):  # up to its rows, half of what is left at a time: a later round evens out the earlier
         for rank in neediest():
-            at = take_run(rank, bisect_right(queue.rows, queue.rows[at] + free[rank] // part) - 1)
+            at = take_run(rank, bisect_right(rows, rows[at] + free[rank] // part, at) - 1)
 
-    first, last, rank = np.array(runs, np.int64).reshape(-1, 3).T
-    rows = queue.lengths
-    entry = ranges(first, last - first)
-    rest = _pour(np.array(queue.rows[at:], np.int64) - queue.rows[at], np.cumsum([0, *free]))
-    entry = np.concatenate([entry, at + rest[0]])
-    end = np.concatenate([rows[entry[: len(entry) - len(rest[0])]], rest[2]])
-    start = np.concatenate([np.zeros(len(entry) - len(rest[0]), np.int64), rest[1]])
-    return entry, start, end, np.concatenate([np.repeat(rank, last - first), rest[3]])
+    rank = np.repeat(np.array(takers, np.int64), np.diff(ends))
+    whole = np.arange(at), np.zeros(at, np.int64), queue.lengths[:at], rank
+    entry, *cut = _pour(queue.rows[at:] - queue.rows[at], np.cumsum([0, *free]))
+    return tuple(np.concatenate(both) for both in zip(whole, (at + entry, *cut), strict=True))
 
 
 def _pour(entries: np.ndarray, vessels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -306,6 +312,7 @@ def _filler_density(filler: _Queue, rows: int, pairs: int, ranks: _Ranks, mean: 
     if not len(filler):
         return 0
     free, room = np.array(ranks.free), np.array(ranks.room)
+    heavy = np.flatnonzero(filler.work > mean // 6)
     density = 0
     for _ in range(4):
         opened = UNIT * room - density * free > UNIT * mean // 20
@@ -313,20 +320,21 @@ def _filler_density(filler: _Queue, rows: int, pairs: int, ranks: _Ranks, mean: 
         if not open_rows:
             break
         # documents with more work per row than these ranks need, or too much for filler, fill ranks up
-        excess = filler.work - density * filler.lengths // UNIT
-        dense = (filler.work // filler.lengths * open_rows >= open_room) | (6 * excess > mean)
-        num_dense = int(np.count_nonzero(dense))
-        full_rows, full_pairs = rows + filler.rows[num_dense], pairs + filler.pairs[num_dense]
+        excess = filler.work[heavy] - density * filler.lengths[heavy] // UNIT
+        dense = filler.per_row >= -(-open_room // open_rows)
+        dense[heavy] |= excess > mean // 6
+        num_dense = np.count_nonzero(dense)
+        full_rows, full_pairs = rows + int(filler.rows[num_dense]), pairs + int(filler.pairs[num_dense])
         spare = max(1, UNIT * open_room - density * open_rows)
         full_ranks = max(0, UNIT * full_pairs - density * full_rows) * open_rows // spare  # in rows
-        need = min(max(0, sum(ranks.free) - open_rows + full_ranks - full_rows), filler.rows[-1])
-        first = min(bisect_left(filler.rows, filler.rows[-1] - need), len(filler) - 1)
-        density = min(_density(filler, first, len(filler)), UNIT * open_room // open_rows)
+        all_rows, all_pairs = int(filler.rows[-1]), int(filler.pairs[-1])
+        need = min(max(0, sum(ranks.free) - open_rows + full_ranks - full_rows), all_rows)
+        first = min(int(np.searchsorted(filler.rows, all_rows - need)), len(filler) - 1)
+        of_filler = UNIT * (all_pairs - int(filler.pairs[first])) // (all_rows - int(filler.rows[first]))
+        before, density = density, min(of_filler, UNIT * open_room // open_rows)
+        if density == before:
+            break
     return density
-
-
-def _density(queue: _Queue, first: int, last: int) -> int:
-    return UNIT * (queue.pairs[last] - queue.pairs[first]) // (queue.rows[last] - queue.rows[first])
 
 
 def _pairs_of_rows(pairs: int, length: int, start: int, end: int) -> int:

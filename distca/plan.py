@@ -19,7 +19,7 @@ import numpy as np
 
 from distca.arrays import order_by, spread, sum_by
 from distca.cost import Cost, PairCost, Wire, cost_from_words
-from distca.masks import Bands, Mask, MaskRule, crop, intersect
+from distca.masks import Bands, Mask, MaskRule, cut, intersect
 from distca.placement import Segments
 
 MILLION = 1_000_000
@@ -184,14 +184,13 @@ class Plan:
 
 
 def bands_in(mask: Mask, document, start, end) -> tuple[np.ndarray, Bands]:
-    """The bands of row ranges [start, end) of documents: which range each belongs to, the band with the range's own
-    edges."""
+    """The bands of row ranges [start, end) of documents: which range each belongs to, the band cut to it."""
     count = np.bincount(mask.document, minlength=int(document.max(initial=-1)) + 1)
     index, nth = spread(count[document])
     whole = mask.bands[(np.cumsum(count) - count)[document[index]] + nth]
     start, end = start[index], end[index]
     cropped = np.flatnonzero((start > whole.q0) | (end < whole.q1))  # few: most documents are whole
-    inside = crop(whole[cropped], start[cropped], end[cropped], whole.k0[cropped], whole.k1[cropped])
+    inside = cut(whole[cropped], start[cropped], end[cropped], whole.k0[cropped], whole.k1[cropped])
     for column in Bands.__slots__:
         getattr(whole, column)[cropped] = getattr(inside, column)
     return index, whole
@@ -219,7 +218,8 @@ def _digest(*tables: list[np.ndarray]) -> int:
 def limits(total: int, pool: Pool, tolerance: int) -> np.ndarray:
     """(servers,) int64: the most pairs each server may get, (1 + tolerance) times its share of `total`."""
     share = shares(total, pool)
-    return share + share * tolerance // MILLION
+    # exact where share * tolerance would not fit 64 bits, as it does not when nothing is to move
+    return share + share // MILLION * tolerance + share % MILLION * tolerance // MILLION
 
 
 def shares(total: int, pool: Pool) -> np.ndarray:

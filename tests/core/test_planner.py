@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from distca.cost import PairCost, RowBlockCost, TableCost, Wire
 from distca.greedy import even_greedy_plan, greedy_plan
 from distca.masks import UNBOUNDED, Bands, Mask, MaskRule, chunk_mask, prefix_mask, sink_mask
-from distca.payoff import predicted
-from distca.plan import PlanInputs, Pool, least_moved, make_pool
+from distca.payoff import NOTHING_MOVES, predicted
+from distca.plan import MILLION, PlanInputs, Pool, least_moved, limits, make_pool
 from distca.planner import plan_step
 from distca.recovery import without_servers
 from distca.routes import routes_of
@@ -108,6 +108,13 @@ def test_one_long_document_is_shared_within_the_tolerance(pool):
     plan.check()
     assert plan.imbalance() <= 1.02
     assert len(plan.server) < 40 * len(pool), "tiles that lie side by side on one server are joined"
+
+
+@pytest.mark.parametrize("share", [1, 999_999, 10**10 + 7, 3 * 10**12])
+@pytest.mark.parametrize("tolerance", [0, 10_000, NOTHING_MOVES])
+def test_limits_are_exact_however_much_is_tolerated(share, tolerance):
+    """A share of 10^10 times the tolerance of a plan that moves nothing wrapped around, and work was moved."""
+    assert limits(share, Pool((3,), (0,)), tolerance).tolist() == [share + share * tolerance // MILLION]
 
 
 def test_balanced_documents_stay_at_home():
