@@ -22,8 +22,10 @@ rows need beyond its limit. It is cut off the documents with most work per row, 
   1. `_surplus`   which pieces (rows of one document on one rank) give away how many pairs
   2. `_regions`   from which rows and keys of each piece
   3. `_match`     to whom: whole rooms, those of servers that hold some of the document's keys first, then the largest,
-                  then the smallest that is large enough; few edges, since a tile costs the square root of its work. All
-                  that is given lies on one line, document by document:
+                  then the smallest that is large enough; few edges, since a tile costs the square root of its work.
+                  `_bands` groups them for the fewest rows moved: a server that holds rows of a document has, or must
+                  fetch anyway, all keys up to there, so its tile lies leftmost and may be wider. All that is given lies
+                  on one line, document by document:
                       given    | A stripe 1 |  A stripe 2       | B ...
                       bands    |   band 0      |  band 1  | b 2 | band 3 ...
                       portions | 8    | 9      | 11  | 3  | 4   | 4 ...
@@ -38,10 +40,11 @@ long document on a small pool) `leveling.level` takes the rest out.
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import isqrt
+from itertools import accumulate
+from math import inf, isqrt
 
 import numpy as np
 
@@ -215,13 +218,15 @@ def _share_out(
     total = int(costs.sum())
     pairs = total if isinstance(cost, PairCost) else int(pieces.area().sum())
     shape = _TileShape(inputs.group, pairs, total)
-    regions = _regions(pieces[given], costs[given], amount, int(room.max()), shape, cost, inputs.block)
-    # documents that give most come first: they take the largest rooms
     of_document = sum_by(document[given], amount, int(document.max()) + 1)
-    order = order_by((int(of_document.max()) - of_document)[document[given]], document[given], regions.q0)
+    gives = of_document[document[given]]
+    tile = np.minimum(gives, int(room.sum()) // np.count_nonzero(room))  # a usual one
+    regions = _regions(pieces[given], costs[given], amount, tile, shape, cost, inputs.block)
+    # documents that give most come first: they take the largest rooms
+    order = order_by(int(gives.max()) - gives, document[given], regions.q0)
     given, amount, regions = given[order], amount[order], regions[order]
     near = (room >= room.max() // 8)[server] & (of_document > 0)[document]
-    holders = _servers_of(document[near], server[near])
+    holders = _keys_at_hand(document[near], server[near], pieces.k1[near])
     line = _match(document[given], amount, regions, room, neighbourhood, holders, shape)
     tiles, item, tile_server = _tiles(regions, pieces[given], amount, amount == costs[given], line, cost, inputs.block)
     tile_piece = given[item]
@@ -260,21 +265,20 @@ def _surplus(pieces: Bands, costs, server, load, limit) -> tuple[np.ndarray, np.
     return donors[amount > 0], amount[amount > 0]
 
 
-def _regions(pieces: Bands, costs, amount, largest_room: int, shape: _TileShape, cost: Cost, block: int) -> Bands:
+def _regions(pieces: Bands, costs, amount, tile, shape: _TileShape, cost: Cost, block: int) -> Bands:
     """(E,) the rows and keys from which each piece gives, with a little more than `amount` unless it gives all.
 
-    Either all rows, and home needs fewer of the keys left of its own; or only so many of the last rows that tiles get
-    their best shape, which is cheaper when little is given."""
+    Either all rows, and home needs fewer of the keys left of its own; or only so many of the last rows that a tile of
+    cost `tile` gets its best shape, which is cheaper when little is given."""
     rows = pieces.q1 - pieces.q0
-    tile = np.minimum(amount, largest_room)
     width = np.array([shape.width(c) for c in tile.tolist()], np.int64)
     pairs = np.array([shape.pairs_of(c) for c in amount.tolist()], np.int64)
     num_tiles = -(-amount // np.maximum(tile, 1))
     cost_all = shape.group * rows + (num_tiles - 1) * pairs // rows
-    cost_some = 2 * width * np.maximum(amount // np.maximum(tile, 1), 1)
+    cost_some = shape.group * pairs // width + pairs // rows  # few rows, but home needs all its keys
     wanted = amount + amount // 8
     left = cost.of(crop(pieces, pieces.q0, pieces.q1, pieces.k0, pieces.q0))  # below the diagonal for every row
-    all_rows = (left >= wanted) & (cost_all <= cost_some)
+    all_rows = (left >= wanted) & (2 * cost_all <= 3 * cost_some)  # few tiles get their best shape
     top, last = pieces.q0.copy(), np.where(all_rows, pieces.q0, pieces.k1)
 
     some = np.flatnonzero(~all_rows & (amount < costs))
@@ -305,18 +309,20 @@ class _Line:
     portion_server: np.ndarray  # (P,) int64
 
 
-def _servers_of(document, server) -> dict[int, set[int]]:
-    """The servers that hold rows of each document."""
+def _keys_at_hand(document, server, end) -> dict[int, dict[int, int]]:
+    """For each document, the servers that hold rows of it and where the keys end that these rows see: a server needs
+    them for its own rows, so a tile may use them for nothing."""
     holders = {}
-    for d, s in zip(document.tolist(), server.tolist(), strict=True):
-        holders.setdefault(d, set()).add(s)
+    for d, s, key in zip(document.tolist(), server.tolist(), end.tolist(), strict=True):
+        of_document = holders.setdefault(d, {})
+        of_document[s] = max(of_document.get(s, 0), key)
     return holders
 
 
 def _match(
-    document, amount, regions: Bands, room, neighbourhood, holders: dict[int, set[int]], shape: _TileShape
+    document, amount, regions: Bands, room, neighbourhood, holders: dict[int, dict[int, int]], shape: _TileShape
 ) -> _Line:
-    """Receivers for every document's surplus, grouped into bands that are as many tiles wide as suits the region.
+    """Receivers for every document's surplus, grouped into bands.
 
     `holders` with room for a document of which they hold rows come first: these keys do not move."""
     documents, amounts, rows = document.tolist(), amount.tolist(), (regions.q1 - regions.q0).tolist()
@@ -333,7 +339,7 @@ def _match(
         last = first
         while last < len(documents) and documents[last] == documents[first]:
             last += 1
-        portions, left, held = [], sum(amounts[first:last]), holders.get(documents[first], ())
+        portions, left, held = [], sum(amounts[first:last]), holders.get(documents[first], {})
         waiting = everywhere[documents[first] % len(everywhere)]
         near = sorted((s for s in held if room[s]), key=lambda s: (-room[s], s))
         while left and waiting:
@@ -349,36 +355,72 @@ def _match(
             room[server] -= portions[-1][0]
             if room[server]:
                 insort(waiting, entry(server))
-        portions.sort(key=lambda portion: -portion[0])
-        if left:
-            portions.append((left, NOBODY))
-
-        piece, piece_end = first, at + amounts[first]
-        while portions:
-            while at >= piece_end and piece + 1 < last:
-                piece += 1
-                piece_end += amounts[piece]
-            width, tile = shape.pairs_of(amounts[piece]) // max(1, rows[piece]), shape.width(portions[0][0])
-            abreast = max(1, (2 * width + tile) // (2 * tile))
-            band, rest = portions[:abreast], portions[abreast:]
-            if len(rest) <= abreast and _cheaper_together(band, rest, width, shape):
-                band, rest = portions, []
-            for pairs, server in sorted(band, key=lambda portion: portion[1] not in held):  # holders' keys lie left
+        bands = _bands(portions, amounts[first:last], rows[first:last], held, shape)
+        for band in [*bands, [(left, NOBODY)]] if left else bands:
+            for pairs, server in band:
                 at += pairs
                 portion_end.append(at)
                 portion_band.append(len(band_end))
                 portion_server.append(server)
-            portions = rest
             band_end.append(at)
         first = last
     return _Line(*(np.array(x, np.int64) for x in (band_end, portion_end, portion_band, portion_server)))
 
 
-def _cheaper_together(band, rest, width: int, shape: _TileShape) -> bool:
-    """Do two lists of (cost, server) move fewer rows as one band? One of n tiles and p pairs moves n * p / width query
-    rows and `width` key rows."""
-    crossed = len(rest) * sum(pairs for pairs, _ in band) + len(band) * sum(pairs for pairs, _ in rest)
-    return shape.group * shape.pairs_of(crossed) < width * width
+def _bands(portions, amounts, rows, held: dict[int, int], shape: _TileShape) -> list[list[tuple[int, int]]]:
+    """Portions (cost, server) of one document as bands, as many tiles wide as suits the rows they are cut from.
+
+    Regions of early rows are narrow, so the smallest portion comes first, or the second smallest where keys that are at
+    hand make it fit better. Beside it lies what would not move less alone."""
+    ends, row_ends = [*accumulate(amounts)], [*accumulate(rows)]
+    widths = [shape.pairs_of(amount) // max(1, r) for amount, r in zip(amounts, rows, strict=True)]
+
+    def moved(band, start: int) -> int:
+        """All query rows of the band once for each server, and the keys that it does not hold."""
+        end = start + sum([cost for cost, _ in band])
+        first = bisect_right(ends, start, 0, len(ends) - 1)
+        last = bisect_left(ends, end, first, len(ends) - 1)
+        height = row_ends[last] - (ends[last] - end) * rows[last] // amounts[last]
+        height -= row_ends[first] - (ends[first] - start) * rows[first] // amounts[first]
+        total, width = shape.group * len(band) * height, max(widths[first : last + 1])
+        left, before = 0, 0
+        for cost, server in band:
+            before += cost
+            right = width * before // (end - start)
+            total += max(0, right - max(left, held.get(server, 0)))
+            left = right
+        return total
+
+    def alone(cost: int, server: int) -> int:
+        """What a portion moves in its best shape."""
+        keys, pairs = held.get(server, 0), shape.pairs_of(cost)
+        width = max(shape.width(cost), keys)
+        return shape.group * pairs // width + width - keys
+
+    def beside(band, others):
+        return sorted(band + others, key=lambda portion: held.get(portion[1], inf))  # holders' keys lie left
+
+    bands, at, rest = [], 0, sorted(portions)
+    best = {server: alone(cost, server) for cost, server in portions}
+    while rest:
+        band, so_far = rest[:1], moved(rest[:1], at)
+        if len(rest) > 1 and (rest[0][1] in held or rest[1][1] in held):
+            instead = moved(rest[1:2], at)
+            if instead - best[rest[1][1]] < so_far - best[rest[0][1]]:
+                band, so_far = rest[1:2], instead
+        rest.remove(band[0])
+        while rest:
+            wider = beside(band, rest[:1])
+            together = moved(wider, at)
+            if together > so_far + best[rest[0][1]]:
+                break
+            band, so_far, rest = wider, together, rest[1:]
+        end = at + sum(cost for cost, _ in band)
+        if 0 < len(rest) <= len(band) and moved(beside(band, rest), at) < so_far + moved(rest, end):
+            band, rest = beside(band, rest), []
+        bands.append(band)
+        at = end
+    return bands
 
 
 def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, cost: Cost, block: int):
