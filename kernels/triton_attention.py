@@ -1,0 +1,195 @@
+"""How is a task list computed by our own kernels? Back end "triton": one launch per call, whatever the tasks.
+
+Promises, besides those of the reference, which has the same signatures:
+
+  - equal calls give equal bits;
+  - out, lse and dq of a row have the same bits however the tasks are cut along their rows, and dk and dv of a key
+    however they are cut along their keys, as long as rows and keys keep their places modulo `TILE` in the packed
+    buffers (`routes.py` gives every row its document's place) and planner cuts lie on multiples of `TILE`;
+  - where descriptors are used (see `variant_of`), rows that no task touches must be finite.
+
+Kernels run on CUDA, and on a CPU in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
+"""
+
+# Shape suffixes: S query rows and C key rows on a server, H query heads, G key/value heads, D head size.
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from distca.kernels.merge import statistics_dtype
+from distca.kernels.worklist import work_list
+from distca.masks import Bands, transpose
+
+LOG2E = 1.4426950408889634
+Generation = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to compile a kernel: its tile sizes, its threads, how it loads."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    described: bool = False
+    specialized: bool = False
+
+
+def attend_triton(
+    q_SHD: torch.Tensor,
+    k_CGD: torch.Tensor,
+    v_CGD: torch.Tensor,
+    tasks: Bands,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out_SHD in the inputs' dtype, and lse_SH in float32."""
+    out_SHD = torch.empty_like(q_SHD)
+    lse_SH = torch.empty(q_SHD.shape[:2], dtype=statistics_dtype(q_SHD.dtype), device=q_SHD.device)
+    _launch("forward", q_SHD, k_CGD, v_CGD, tasks, scale, softcap, out_ptr=out_SHD, lse_ptr=lse_SH)
+    return out_SHD, lse_SH
+
+
+def attend_backward_triton(
+    q_SHD: torch.Tensor,
+    k_CGD: torch.Tensor,
+    v_CGD: torch.Tensor,
+    lse_SH: torch.Tensor,
+    delta_SH: torch.Tensor,
+    d_out_SHD: torch.Tensor,
+    tasks: Bands,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq_SHD, dk_CGD, dv_CGD of these tasks, in the inputs' dtype. lse and delta are final: see the reference."""
+    dq_SHD, dk_CGD, dv_CGD = (torch.empty_like(x) for x in (q_SHD, k_CGD, v_CGD))
+    # kernels read both along rows; descriptors want lines of 16 bytes
+    lse2_HS, delta_HS = (F.pad(x.T, (0, -len(x) % 4)).contiguous() for x in (lse_SH * LOG2E, delta_SH))
+    saved = dict(lse2_ptr=lse2_HS, delta_ptr=delta_HS, d_out_ptr=d_out_SHD, stride=lse2_HS.stride(0))
+    _launch("dq", q_SHD, k_CGD, v_CGD, tasks, scale, softcap, **saved, dq_ptr=dq_SHD)
+    _launch("dkdv", q_SHD, k_CGD, v_CGD, tasks, scale, softcap, **saved, dk_ptr=dk_CGD, dv_ptr=dv_CGD)
+    return dq_SHD, dk_CGD, dv_CGD
+
+
+def variant_of(
+    kind: str, head_dim: int, dtype: torch.dtype, generation: Generation | None, triton: Generation
+) -> Variant:
+    """How to compile kernel `kind` ("forward", "dq" or "dkdv") for a GPU of this compute capability (None: for the
+    interpreter) with this version of Triton. The one place where this is decided; what each variant needs of the
+    hardware is recorded in the tests."""
+    if dtype == torch.float32 and generation is not None:  # for verification: exact products, which no tensor core does
+        return Variant(32, 32, 4, 1)
+    size = max(64, block_d(head_dim))
+    if generation is not None and generation[0] == 9 and head_dim in (64, 128):
+        hopper = {
+            ("forward", 64): Variant(128, 128, 4, 3, described=True, specialized=True),
+            ("forward", 128): Variant(128, 128, 4, 2, described=True, specialized=True),
+            ("dq", 64): Variant(128, 64, 8, 2, described=True),
+            ("dq", 128): Variant(128, 64, 8, 2, described=True),
+            ("dkdv", 64): Variant(64, 128, 4, 2, described=True, specialized=True),
+            ("dkdv", 128): Variant(64, 128, 4, 2, described=True, specialized=True),
+        }
+        return hopper[kind, size]
+    return {
+        ("forward", 64): Variant(128, 64, 4, 3),
+        ("forward", 128): Variant(128, 64, 8, 2),
+        ("forward", 256): Variant(64, 64, 8, 1),
+        ("dq", 64): Variant(128, 64, 8, 2),
+        ("dq", 128): Variant(128, 64, 8, 2),
+        ("dq", 256): Variant(64, 32, 8, 1),
+        ("dkdv", 64): Variant(64, 128, 8, 2),
+        ("dkdv", 128): Variant(64, 64, 8, 2),
+        ("dkdv", 256): Variant(32, 64, 8, 1),
+    }[kind, size]
+
+
+def constants_of(variant: Variant, num_heads: int, num_groups: int, head_dim: int, softcap: bool) -> dict[str, Any]:
+    """A kernel's compile-time arguments."""
+    return dict(
+        H=num_heads,
+        G=num_groups,
+        D=head_dim,
+        BLOCK_D=block_d(head_dim),
+        BLOCK_Q=variant.block_q,
+        BLOCK_K=variant.block_k,
+        SOFTCAP=softcap,
+        STAGES=variant.num_stages,
+        DESCRIBED=variant.described,
+        SPECIALIZED=variant.specialized,
+    )
+
+
+def block_d(head_dim: int) -> int:
+    """The power of two that holds a head; matrix products need at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _launch(
+    kind: str,
+    q_SHD: torch.Tensor,
+    k_CGD: torch.Tensor,
+    v_CGD: torch.Tensor,
+    tasks: Bands,
+    scale: float,
+    softcap: float,
+    **arguments,
+) -> None:
+    import triton  # here, so that a machine without Triton can import this file
+
+    from distca.kernels import triton_kernels
+
+    kernel = {"forward": "forward_kernel", "dq": "dq_kernel", "dkdv": "dkdv_kernel"}[kind]
+    (num_rows, num_heads, head_dim), (num_keys, num_groups, _) = q_SHD.shape, k_CGD.shape
+    on_gpu = q_SHD.device.type == "cuda"
+    generation = torch.cuda.get_device_capability(q_SHD.device) if on_gpu else None
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    variant = variant_of(kind, head_dim, q_SHD.dtype, generation, version)
+    columns = np.stack([getattr(tasks, f.name) for f in fields(tasks)]).tobytes()
+    items, entries = _list_on(q_SHD.device, kind, columns, num_rows, num_keys, num_groups, variant)
+    programs = len(items) * (1 if kind == "dkdv" else num_heads // num_groups)
+    if not programs:
+        return
+    triton.set_allocator(_allocate)  # of this thread; kernels that make descriptors need it
+    with torch.cuda.device(q_SHD.device if on_gpu else -1):
+        getattr(triton_kernels, kernel)[(programs,)](
+            q_ptr=q_SHD,
+            k_ptr=k_CGD,
+            v_ptr=v_CGD,
+            items_ptr=items,
+            entries_ptr=entries,
+            num_rows=num_rows,
+            num_keys=num_keys,
+            scale=scale,
+            softcap=softcap,
+            **arguments,
+            **constants_of(variant, num_heads, num_groups, head_dim, softcap > 0),
+            num_warps=variant.num_warps,
+            num_stages=variant.num_stages,
+        )
+
+
+@lru_cache(maxsize=16)  # a micro-batch's layers share their tasks
+def _list_on(
+    device: torch.device, kind: str, columns: bytes, num_rows: int, num_keys: int, num_groups: int, variant: Variant
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The work list of a kernel, on its device: items (N, 4) and entries (E, 8)."""
+    tasks = Bands(*np.frombuffer(columns, np.int64).reshape(6, -1))
+    if kind == "dkdv":
+        work = work_list(transpose(tasks), num_keys, num_groups, variant.block_k, variant.block_q)
+    else:
+        work = work_list(tasks, num_rows, num_groups, variant.block_q, variant.block_k)
+    return torch.from_numpy(work.items).to(device), torch.from_numpy(work.entries).to(device)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
