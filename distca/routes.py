@@ -1,9 +1,10 @@
 """Which rows does a rank send and receive because of a plan?
 
-A server's rows lie packed, sorted by document and position, so that the rows and keys of a task are contiguous:
+A server's rows are sorted by document and position, so that the rows and keys of a task are contiguous, and every row
+keeps its place in its document modulo `TILE`, with padding between:
 
-    home rank 0  | doc 0 | doc 1 ...|        server 2  queries | doc 1 rows 128.. | doc 4 rows 0.. |
-    home rank 1  | ... doc 1 | doc 4 |                 keys    | doc 1 keys 0..        | doc 4 keys 0.. |
+    home rank 0  | doc 0 | doc 1 ...|        server 2  queries | doc 1 rows 128.. |  | doc 4 rows 0.. |
+    home rank 1  | ... doc 1 | doc 4 |                 keys    | doc 1 keys 0..      |  | doc 4 keys 0.. |
 
 A `Shipment` is a run of rows with one home rank and one server; both ends derive their row numbers from the same
 table. A row goes
@@ -16,11 +17,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distca.arrays import order_by, ranges
+from distca.arrays import order_by, ranges, sum_by
 from distca.masks import Bands
 from distca.plan import Plan, Pool
 
 NO_ROWS = np.zeros(0, np.int64)
+TILE = (
+    128  # what kernels' tiles and blocks divide: theirs are then the document's own, wherever it was cut, and unshared
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ class Routes:
     keys: Shipments
     tasks: Bands  # (C,) the plan's tasks, in the packed rows of their server
     server: np.ndarray  # (C,) int64
+    num_q_rows: np.ndarray  # (servers,) int64, with padding
+    num_kv_rows: np.ndarray  # (servers,) int64, with padding
     pool: Pool
     digest: int
 
@@ -75,7 +81,7 @@ class Routes:
         links = tuple(
             TrainerRows(r, q_rows.get(r, NO_ROWS), kv_rows.get(r, NO_ROWS)) for r in sorted({*q_rows, *kv_rows})
         )
-        num_q, num_kv = (sum(len(rows) for rows in x.values()) for x in (q_rows, kv_rows))
+        num_q, num_kv = int(self.num_q_rows[server]), int(self.num_kv_rows[server])
         return ServerRoute(server, links, self.tasks[self.server == server], num_q, num_kv, self.digest)
 
     def moved_rows(self) -> tuple[int, int]:
@@ -116,6 +122,7 @@ class ServerRoute:
     links: tuple[TrainerRows, ...]
     tasks: Bands
     num_q_rows: int
+    """With padding, of which nothing travels."""
     num_kv_rows: int
     digest: int
 
@@ -123,20 +130,21 @@ class ServerRoute:
 def routes_of(plan: Plan) -> Routes:
     """Every row that has to be at a server for its tasks, once each."""
     b = plan.bands
-    queries, q_base = _ship(plan, b.q0, b.q1)
-    keys, k_base = _ship(plan, b.k0, b.k1)
+    queries, q_base, num_q_rows = _ship(plan, b.q0, b.q1)
+    keys, k_base, num_kv_rows = _ship(plan, b.k0, b.k1)
     tasks = Bands(q_base, q_base + b.q1 - b.q0, k_base, k_base + b.k1 - b.k0, b.lo, b.hi)
-    return Routes(queries, keys, tasks, plan.server, plan.pool, plan.digest())
+    return Routes(queries, keys, tasks, plan.server, num_q_rows, num_kv_rows, plan.pool, plan.digest())
 
 
-def _ship(plan: Plan, start: np.ndarray, end: np.ndarray) -> tuple[Shipments, np.ndarray]:
-    """Shipments that cover the tasks' row ranges [start, end), and the server row at which each task's range begins."""
+def _ship(plan: Plan, start: np.ndarray, end: np.ndarray) -> tuple[Shipments, np.ndarray, np.ndarray]:
+    """Shipments that cover the tasks' row ranges [start, end), the server row at which each task's range begins, and
+    how many rows each server has."""
     span, first_task, span_end = _union(plan.server, plan.document, start, end)
     span_server, span_document, span_start = plan.server[first_task], plan.document[first_task], start[first_task]
-    rows = span_end - span_start
-    before = np.cumsum(rows) - rows
+    room = -(-span_end // TILE) * TILE - span_start // TILE * TILE
+    before = np.cumsum(room) - room
     servers_before = np.searchsorted(span_server, np.arange(len(plan.pool)))
-    span_row = before - np.append(before, rows.sum())[servers_before][span_server]
+    span_row = before - np.append(before, room.sum())[servers_before][span_server] + span_start % TILE
     base = span_row[span] + start - span_start[span]
 
     # each span crosses one or more home segments of its document, which are consecutive when sorted by (document,
@@ -161,7 +169,7 @@ def _ship(plan: Plan, start: np.ndarray, end: np.ndarray) -> tuple[Shipments, np
         span_row[crossed] + first - span_start[crossed],
         last - first,
     )
-    return shipments, base
+    return shipments, base, sum_by(span_server, room, len(plan.pool))
 
 
 def _union(server, document, start, end) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ Kernels run on CUDA, and on a CPU in Triton's interpreter (TRITON_INTERPRET=1), 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +28,6 @@ from distca.kernels.worklist import work_list
 from distca.masks import Bands, transpose
 
 LOG2E = 1.4426950408889634
-Generation = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,36 +80,55 @@ def attend_backward_triton(
     return dq_SHD, dk_CGD, dv_CGD
 
 
+# (kernel, size that holds a head) -> tile sizes, warps, stages. Found by compiling: none of them spills registers or
+# asks for more shared memory than there is; `python -m distca.kernels.aot` prints what each one takes.
+ANY_GPU = {
+    ("forward", 64): Variant(128, 64, 8, 2),
+    ("forward", 128): Variant(128, 64, 8, 2),
+    ("forward", 256): Variant(64, 32, 8, 2),
+    ("dq", 64): Variant(128, 64, 8, 2),
+    ("dq", 128): Variant(128, 64, 8, 2),
+    ("dq", 256): Variant(64, 32, 8, 1),
+    ("dkdv", 64): Variant(64, 64, 4, 2),
+    ("dkdv", 128): Variant(64, 64, 8, 2),
+    ("dkdv", 256): Variant(32, 32, 8, 1),
+}
+HOPPER = {
+    ("forward", 64): Variant(128, 128, 4, 3, described=True, specialized=True),
+    ("forward", 128): Variant(128, 128, 4, 2, described=True, specialized=True),
+    ("forward", 256): Variant(128, 64, 8, 2, described=True),
+    ("dq", 64): Variant(128, 128, 8, 2, described=True),
+    ("dq", 128): Variant(128, 64, 8, 2, described=True),
+    ("dq", 256): Variant(64, 64, 8, 2, described=True),
+    ("dkdv", 64): Variant(64, 128, 4, 2, described=True, specialized=True),
+    ("dkdv", 128): Variant(64, 128, 4, 2, described=True, specialized=True),
+    ("dkdv", 256): Variant(32, 64, 8, 2, described=True),
+}
+FLOAT32 = {
+    64: Variant(32, 32, 4, 1),
+    128: Variant(16, 32, 8, 1),
+    256: Variant(16, 16, 8, 1),
+}  # exact, so no tensor cores
+INTERPRETER = {"forward": Variant(128, 128, 4, 1), "dq": Variant(128, 64, 4, 1), "dkdv": Variant(64, 128, 4, 1)}
+
+
 def variant_of(
-    kind: str, head_dim: int, dtype: torch.dtype, generation: Generation | None, triton: Generation
+    kernel: str, head_dim: int, dtype: torch.dtype, softcap: bool, capability: tuple[int, int] | None, triton: str
 ) -> Variant:
-    """How to compile kernel `kind` ("forward", "dq" or "dkdv") for a GPU of this compute capability (None: for the
-    interpreter) with this version of Triton. The one place where this is decided; what each variant needs of the
-    hardware is recorded in the tests."""
-    if dtype == torch.float32 and generation is not None:  # for verification: exact products, which no tensor core does
-        return Variant(32, 32, 4, 1)
+    """How to compile `kernel` ("forward", "dq" or "dkdv") for a GPU of this compute capability (None: the interpreter)
+    with this version of Triton: the one place where that is decided."""
+    if capability is None:
+        return INTERPRETER[kernel]
     size = max(64, block_d(head_dim))
-    if generation is not None and generation[0] == 9 and head_dim in (64, 128):
-        hopper = {
-            ("forward", 64): Variant(128, 128, 4, 3, described=True, specialized=True),
-            ("forward", 128): Variant(128, 128, 4, 2, described=True, specialized=True),
-            ("dq", 64): Variant(128, 64, 8, 2, described=True),
-            ("dq", 128): Variant(128, 64, 8, 2, described=True),
-            ("dkdv", 64): Variant(64, 128, 4, 2, described=True, specialized=True),
-            ("dkdv", 128): Variant(64, 128, 4, 2, described=True, specialized=True),
-        }
-        return hopper[kind, size]
-    return {
-        ("forward", 64): Variant(128, 64, 4, 3),
-        ("forward", 128): Variant(128, 64, 8, 2),
-        ("forward", 256): Variant(64, 64, 8, 1),
-        ("dq", 64): Variant(128, 64, 8, 2),
-        ("dq", 128): Variant(128, 64, 8, 2),
-        ("dq", 256): Variant(64, 32, 8, 1),
-        ("dkdv", 64): Variant(64, 128, 8, 2),
-        ("dkdv", 128): Variant(64, 64, 8, 2),
-        ("dkdv", 256): Variant(32, 64, 8, 1),
-    }[kind, size]
+    if dtype == torch.float32:
+        return FLOAT32[size]
+    if capability[0] != 9 or head_dim != size:  # descriptors take whole powers of two
+        return ANY_GPU[kernel, size]
+    if kernel == "dq" and size < 256 and triton.startswith("3.6."):  # 3.7 to 3.9 crash on its row vectors
+        return replace(HOPPER[kernel, size], num_warps=4, specialized=True)
+    if kernel == "dkdv" and size == 128 and softcap:  # 64 queries would spill
+        return replace(HOPPER[kernel, size], block_q=32)
+    return HOPPER[kernel, size]
 
 
 def constants_of(variant: Variant, num_heads: int, num_groups: int, head_dim: int, softcap: bool) -> dict[str, Any]:
@@ -135,7 +153,7 @@ def block_d(head_dim: int) -> int:
 
 
 def _launch(
-    kind: str,
+    kernel: str,
     q_SHD: torch.Tensor,
     k_CGD: torch.Tensor,
     v_CGD: torch.Tensor,
@@ -148,20 +166,18 @@ def _launch(
 
     from distca.kernels import triton_kernels
 
-    kernel = {"forward": "forward_kernel", "dq": "dq_kernel", "dkdv": "dkdv_kernel"}[kind]
     (num_rows, num_heads, head_dim), (num_keys, num_groups, _) = q_SHD.shape, k_CGD.shape
     on_gpu = q_SHD.device.type == "cuda"
-    generation = torch.cuda.get_device_capability(q_SHD.device) if on_gpu else None
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    variant = variant_of(kind, head_dim, q_SHD.dtype, generation, version)
+    capability = torch.cuda.get_device_capability(q_SHD.device) if on_gpu else None
+    variant = variant_of(kernel, head_dim, q_SHD.dtype, softcap > 0, capability, triton.__version__)
     columns = np.stack([getattr(tasks, f.name) for f in fields(tasks)]).tobytes()
-    items, entries = _list_on(q_SHD.device, kind, columns, num_rows, num_keys, num_groups, variant)
-    programs = len(items) * (1 if kind == "dkdv" else num_heads // num_groups)
+    items, entries = _list_on(q_SHD.device, kernel, columns, num_rows, num_keys, num_groups, variant)
+    programs = len(items) * (1 if kernel == "dkdv" else num_heads // num_groups)
     if not programs:
         return
     triton.set_allocator(_allocate)  # of this thread; kernels that make descriptors need it
     with torch.cuda.device(q_SHD.device if on_gpu else -1):
-        getattr(triton_kernels, kernel)[(programs,)](
+        triton_kernels.KERNELS[kernel][(programs,)](
             q_ptr=q_SHD,
             k_ptr=k_CGD,
             v_ptr=v_CGD,
@@ -180,11 +196,11 @@ def _launch(
 
 @lru_cache(maxsize=16)  # a micro-batch's layers share their tasks
 def _list_on(
-    device: torch.device, kind: str, columns: bytes, num_rows: int, num_keys: int, num_groups: int, variant: Variant
+    device: torch.device, kernel: str, columns: bytes, num_rows: int, num_keys: int, num_groups: int, variant: Variant
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The work list of a kernel, on its device: items (N, 4) and entries (E, 8)."""
     tasks = Bands(*np.frombuffer(columns, np.int64).reshape(6, -1))
-    if kind == "dkdv":
+    if kernel == "dkdv":
         work = work_list(transpose(tasks), num_keys, num_groups, variant.block_k, variant.block_q)
     else:
         work = work_list(tasks, num_rows, num_groups, variant.block_q, variant.block_k)

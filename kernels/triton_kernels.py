@@ -12,8 +12,8 @@ A program of dk, dv goes over all query heads that share its key head, so heads 
 Rows are loaded in one of two ways. By address: rows outside of the entry become 0, so they may hold anything.
 `DESCRIBED`, by tensor descriptor (TMA, on Hopper and later): rows outside of the buffer become 0, others are hidden by
 the mask alone, so all rows of the buffer must be finite. Only described loops can be `SPECIALIZED`, that is, have warps
-that load and warps that multiply. Triton 3.6 and 3.7 do so for loops shaped like these: one per kernel, without a branch,
-with descriptors that the kernel makes; otherwise they crash or, worse, silently do not.
+that load and warps that multiply. Triton 3.6 to 3.9 do so for loops shaped like these: one per kernel, without a
+branch, with descriptors that the kernel makes. Other shapes they crash on or, worse, leave as they are without a word.
 """
 
 # Prefixes: i_ index, o_ offsets, b_ block in registers; *_ptr address. H query heads, G key/value heads, D head size,
@@ -304,3 +304,6 @@ def dkdv_kernel(
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     _store(dk_ptr, b_dk * scale, i_k, num_keys, i_group, G, D, BLOCK_D, BLOCK_K)
     _store(dv_ptr, b_dv, i_k, num_keys, i_group, G, D, BLOCK_D, BLOCK_K)
+
+
+KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}

@@ -15,8 +15,8 @@ The same list for the transposed tasks (`masks.transpose`) names the query block
 
 Promises:
   - Each pair of the tasks lies in exactly one (entry, block) per task that holds it; entries of a tile are in the
-    order of their diagonals, then of their keys. So which blocks a row sees keys in, and in which order, does not depend
-    on where the tasks are cut along their rows. (A block in which a row sees nothing changes no bit of its results.)
+    order of their diagonals, then of their keys. So the blocks in which a row sees keys, and their order, do not
+    depend on where the tasks are cut along their rows. (A block in which it sees none changes no bit of its results.)
   - Every tile of the buffer has its items, also those that no task touches: kernels write all of their output.
   - Items with most blocks come first: handed out in this order to whoever is free, the work ends within one item of
     the ideal. Among items of nearly equal size, those that read the same keys are neighbours, for the L2 cache.
@@ -31,7 +31,6 @@ import numpy as np
 from distca.arrays import order_by, spread
 from distca.masks import Bands, tighten
 
-ITEM_COLUMNS, ENTRY_COLUMNS = 4, 8
 FAR = 1 << 30  # beyond every buffer, and sums of it with a row number still fit an int32
 BUCKETS_PER_OCTAVE = 4  # items within 19 % of each other count as equally large
 

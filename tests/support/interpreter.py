@@ -1,38 +1,59 @@
-"""Triton's interpreter, with bf16 done right. Import this before a kernel runs.
+"""Run something in Triton's interpreter: `interpreted(function, *arguments)` in a process of its own.
 
-The interpreter keeps bf16 as 16-bit integers: it would multiply those, and cut digits off where a GPU rounds."""
+Triton reads TRITON_INTERPRET when it is imported, so one process either interprets kernels or compiles them. The
+interpreter keeps bf16 as 16-bit integers: left alone it would multiply those, and cut digits off where a GPU rounds."""
+
+import os
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
 
 import numpy as np
-import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-_cast, _dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+WORKERS = 2
 
 
-def _widen(x: TensorHandle) -> TensorHandle:
-    """bf16 as the float32 of the same value; others as they are."""
-    if x.dtype.scalar != tl.bfloat16:
-        return x
-    return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+def interpreted(function, *arguments) -> Future:
+    """`function(*arguments)`, both importable, on one of a few processes that stay until the tests end."""
+    return _workers().submit(function, *arguments)
 
 
-def _round(x: np.ndarray) -> np.ndarray:
-    """The bits of the nearest bf16, ties to even."""
-    bits = np.ascontiguousarray(x).view(np.uint32)
+@cache
+def _workers() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(WORKERS, get_context("spawn"), initializer=interpret)
+
+
+def interpret() -> None:
+    """Make this process one that interprets; nothing in it may have imported Triton yet."""
+    os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+
+    import torch
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    torch.set_num_threads(1)
+    plain_cast, plain_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def widen(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def cast(self, x, to):
+        if (x.dtype.scalar, to.scalar) == (tl.bfloat16, tl.float32):
+            return widen(x)
+        if (x.dtype.scalar, to.scalar) == (tl.float32, tl.bfloat16):
+            return TensorHandle(_nearest_bfloat16(x.data), tl.bfloat16)
+        return plain_cast(self, x, to)
+
+    def dot(self, a, b, *rest):
+        return plain_dot(self, widen(a), widen(b), *rest)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
+
+
+def _nearest_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Its bits, ties to even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
-
-
-def cast_impl(self, x: TensorHandle, to: tl.dtype) -> TensorHandle:
-    if (x.dtype.scalar, to.scalar) == (tl.bfloat16, tl.float32):
-        return _widen(x)
-    if (x.dtype.scalar, to.scalar) == (tl.float32, tl.bfloat16):
-        return TensorHandle(_round(x.data), tl.bfloat16)
-    return _cast(self, x, to)
-
-
-def create_dot(self, a: TensorHandle, b: TensorHandle, *rest) -> TensorHandle:
-    return _dot(self, _widen(a), _widen(b), *rest)
-
-
-InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
