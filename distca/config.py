@@ -175,9 +175,9 @@ class PlannerSettings(Settings):
 
 
 class KernelSettings(Settings):
-    backend: Literal["auto", "torch", "reference"] = "auto"
-    """`torch`: fused operators of PyTorch, any device. `reference`: plain and slow, computes everything DistCA
-    knows."""
+    backend: Literal["auto", "torch", "triton", "reference"] = "auto"
+    """`torch`: fused operators of PyTorch, any device; what `auto` takes. `triton`: our own kernels, one launch for all
+    tasks of a call, on CUDA. `reference`: plain and slow, computes everything DistCA knows."""
 
 
 class CheckpointSettings(Settings):

@@ -4,8 +4,8 @@ Promises, besides those of the reference, which has the same signatures:
 
   - equal calls give equal bits;
   - out, lse and dq of a row have the same bits however the tasks are cut along their rows, and dk and dv of a key
-    however they are cut along their keys, as long as rows and keys keep their places modulo `TILE` in the packed
-    buffers (`routes.py` gives every row its document's place) and planner cuts lie on multiples of `TILE`;
+    however they are cut along their keys, as long as rows and keys keep their places modulo 128 in the packed buffers
+    (`routes.TILE`: there they are those of their document);
   - where descriptors are used (see `variant_of`), rows that no task touches must be finite.
 
 Kernels run on CUDA, and on a CPU in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.

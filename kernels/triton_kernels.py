@@ -97,7 +97,7 @@ def _tanh(x):
         (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
         - 3.33332819422e-1
     ) * z * x + x
-    return tl.where(z < 0.390625, near, 1.0 - 2.0 / (tl.exp2(2.0 * LOG2E * x) + 1.0))
+    return tl.where(z < 0.390625, near, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0))
 
 
 @triton.jit

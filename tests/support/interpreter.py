@@ -1,26 +1,24 @@
-"""Run something in Triton's interpreter: `interpreted(function, *arguments)` in a process of its own.
+"""Run something in Triton's interpreter: `interpreted(function, *arguments)`, in a process of its own.
 
 Triton reads TRITON_INTERPRET when it is imported, so one process either interprets kernels or compiles them. The
 interpreter keeps bf16 as 16-bit integers: left alone it would multiply those, and cut digits off where a GPU rounds."""
 
 import os
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
 
 import numpy as np
 
-WORKERS = 2
 
-
-def interpreted(function, *arguments) -> Future:
-    """`function(*arguments)`, both importable, on one of a few processes that stay until the tests end."""
-    return _workers().submit(function, *arguments)
+def interpreted(function, *arguments):
+    """`function(*arguments)` of a function that can be imported, in a process that stays until the tests end."""
+    return _process().submit(function, *arguments).result()
 
 
 @cache
-def _workers() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(WORKERS, get_context("spawn"), initializer=interpret)
+def _process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=interpret)
 
 
 def interpret() -> None:
