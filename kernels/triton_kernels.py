@@ -24,6 +24,11 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+SIZES = [
+    "num_rows",
+    "num_keys",
+    "stride",
+]  # they change with every plan; a kernel for each would stop the run to compile
 
 
 @triton.jit
@@ -100,7 +105,7 @@ def _tanh(x):
     return tl.where(z < 0.390625, near, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES[:2])
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -163,7 +168,7 @@ def forward_kernel(
     tl.store(lse_ptr + o_q.to(tl.int64) * H + i_head, (b_top + tl.log2(b_safe)) * LN2, mask=o_q < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def dq_kernel(
     q_ptr,
     k_ptr,
@@ -232,7 +237,7 @@ def dq_kernel(
     _store(dq_ptr, b_dq * scale, i_q, num_rows, i_head, H, D, BLOCK_D, BLOCK_Q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def dkdv_kernel(
     q_ptr,
     k_ptr,
