@@ -180,6 +180,51 @@ class KernelSettings(Settings):
     tasks of a call, on CUDA. `reference`: plain and slow, computes everything DistCA knows."""
 
 
+class TimedTasks(Settings):
+    """One timed call: equal tasks of `rows` query rows, the last of a document's first `keys` tokens."""
+
+    rows: int
+    keys: int
+    copies: int
+    """How many such tasks the call held."""
+    forward_s: float
+    backward_s: float
+    forward_tflops: float
+    """Useful operations only: 4 x head size per visible pair and query head."""
+    backward_tflops: float
+    """2.5 times the forward's operations, whatever the kernels do."""
+
+
+class TileCost(Settings):
+    """seconds of a call = tile_s x tiles of 128 rows + block_s x blocks of 128 x 128, both over all query heads."""
+
+    tile_s: float
+    block_s: float
+    error: float
+    """Root mean square of the relative errors over the timed calls."""
+
+
+class KernelTimes(Settings):
+    """What `distca measure kernels` found on one device."""
+
+    device: str
+    date: str
+    command: str
+    versions: dict[str, str]
+    backend: str
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    forward: TileCost
+    backward: TileCost
+    tasks: tuple[TimedTasks, ...]
+    documents: TimedTasks
+    """Whole documents of a heavy-tailed batch, packed: `rows` and `keys` are the longest one's."""
+    dense: dict[str, tuple[float, float]]
+    """PyTorch's own operators on the largest square of `tasks`: forward and backward TFLOP/s."""
+
+
 class CheckpointSettings(Settings):
     every_steps: int = Field(0, ge=0)
     """Steps between checkpoints; 0 keeps only the last step's."""
@@ -283,6 +328,11 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSetting
     return validate_settings(values, str(path))
 
 
+def load_kernel_times(path: str | Path) -> KernelTimes:
+    """What `distca measure kernels` wrote."""
+    return KernelTimes.model_validate(yaml.load(Path(path).read_text(encoding="utf-8"), _Loader))
+
+
 def validate_settings(values: dict[str, Any], origin: str = "settings") -> RunSettings:
     """A mapping, as a run file holds it, to settings; raise `SettingsError` with every error found."""
     try:
@@ -294,8 +344,8 @@ def validate_settings(values: dict[str, Any], origin: str = "settings") -> RunSe
         raise SettingsError("\n".join([f"{origin}: {len(problems)} setting{plural} to correct", *lines])) from None
 
 
-def dump_settings(settings: RunSettings) -> str:
-    """The resolved settings as YAML that `load_settings` reads back to an equal value."""
+def dump_settings(settings: Settings) -> str:
+    """Settings as YAML that reads back to an equal value."""
     return yaml.dump(settings.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

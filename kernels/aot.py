@@ -60,7 +60,7 @@ class Resources:
     spills: int
     """Instructions that store to it or load from it."""
     tensor_core: int
-    """Matrix instructions of this GPU's own kind: HGMMA on Hopper, tcgen05 on Blackwell, HMMA before."""
+    """Matrix instructions: HGMMA on Hopper, tcgen05 (HMMA in small tiles) on Blackwell, HMMA before."""
     warps: int
     """All of them, also those that only load."""
     specialized: bool
@@ -69,8 +69,10 @@ class Resources:
 def builds() -> Iterator[Build]:
     """Every variant that `variant_of` can choose, and head sizes that share one."""
     kernels, sizes = tuple(KERNELS), (64, 128, 256)
-    for capability, size, kernel, softcap in product((90, 80, 100), sizes, kernels, (False, True)):
-        yield Build(kernel, capability, size, softcap=softcap)
+    for size, softcap, kernel in product(sizes, (False, True), kernels):
+        yield Build(kernel, 90, size, softcap=softcap)
+    for capability, size, kernel in product((80, 100), sizes, kernels):
+        yield Build(kernel, capability, size)
     for size, kernel in product((80, 96), kernels):
         yield Build(kernel, 90, size)
     for size, kernel in product(sizes, kernels):
@@ -98,7 +100,7 @@ def compile_for(build: Build) -> Resources:
         file.write(made.asm["cubin"])
         file.flush()
         usage, code = _run("cuobjdump", "-res-usage", file.name), _run("nvdisasm", "-c", file.name)
-    matrix = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}[build.capability]
+    matrix = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\b(?:UTC\w*MMA|HMMA)"}[build.capability]
     return Resources(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         shared=made.metadata.shared,

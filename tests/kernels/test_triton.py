@@ -13,6 +13,7 @@ from distca.masks import Bands, cut
 
 LARGE = [name for name in CASES if "large" in name or "wider" in name or "698" in name]
 SMALL = [name for name in CASES if name not in LARGE]
+MIXED = ["short documents", "rows 300 to 428 of a document", "sinks and a window", "a row in two key splits"]
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -45,16 +46,7 @@ def test_float32_equals_dense_attention(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "short documents",
-        "rows 300 to 428 of a document",
-        "sinks and a window",
-        "a row in three key splits, the last seen by few",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE),
-    ],
-)
+@pytest.mark.parametrize("name", MIXED)
 def test_half_precision_errs_at_most_twice_as_much_as_plain_attention(name, dtype):
     problem = Problem.of(*CASES[name], (2, 1), 32).to(dtype)
     found = interpreted(run_in_nan_memory, problem, "triton")
@@ -166,3 +158,24 @@ def test_cutting_rows_anywhere_changes_no_bit():
 def test_full_bands_see_all():
     problem = Problem.of(Bands.of((0, 5, 0, 300, NONE, ALL)), 5, 300, (2, 1), 16).to(torch.float32)
     assert_exact(interpreted(run_in_nan_memory, problem, "triton"), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="would show that each variant is exact on its GPU")
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("name", [*MIXED, *LARGE])
+def test_a_gpu_errs_at_most_twice_as_much_as_plain_attention(name, head_dim, softcap):
+    problem = Problem.of(*CASES[name], (8, 2), head_dim, softcap).to(torch.bfloat16)
+    found = run_in_nan_memory(problem.to(torch.bfloat16, "cuda"), "triton")
+    assert_as_good_as_plain([x.cpu() for x in found], problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="would show that warps do not race for a block")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_gpu_gives_the_same_bits_a_thousand_times(head_dim):
+    problem = Problem.of(*CASES["a window wider than its blocks"], (8, 2), head_dim).to(torch.bfloat16, "cuda")
+    first = problem.run("triton")
+    for _ in range(1000):
+        assert all(torch.equal(x, y) for x, y in zip(problem.run("triton"), first, strict=True))
