@@ -5,7 +5,7 @@ test_attention.py; what a GPU's compiler makes of the kernels is in test_aot.py.
 
 import pytest
 import torch
-from interpreter import interpreted
+from interpreter import interpreted, run_as_on
 from problems import ALL, CASES, NONE, Problem, joined, pieces_of, run_in_nan_memory
 
 from distca.kernels.merge import delta_of, merge
@@ -74,6 +74,23 @@ def test_scores_bend_at_the_softcap(softcap):
     problem = Problem.of(*CASES["both diagonals"], (2, 1), 32, softcap).to(torch.float32)
     problem.q *= 4.0  # scores on the bend as well as below it
     assert_exact(interpreted(run_in_nan_memory, problem, "triton"), problem)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("head_dim", [64, 128, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16), ((9, 0), torch.float32)], ids=str
+)
+def test_the_variants_of_each_gpu_are_exact(capability, dtype, head_dim, softcap):
+    """Tile sizes and descriptors; how warps share the work is a compiler's affair, which no interpreter shows."""
+    problem = Problem.of(*UNEVEN, (2, 1), head_dim, softcap).to(torch.float32)
+    assert_exact(interpreted(run_as_on, capability, dtype, problem), problem)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_rows_loaded_by_descriptor_are_hidden_by_the_mask(name):
+    problem = Problem.of(*CASES[name], (2, 1), 64).to(torch.float32)
+    assert_exact(interpreted(run_as_on, (9, 0), torch.bfloat16, problem), problem)
 
 
 def test_rows_of_no_task_are_never_read():

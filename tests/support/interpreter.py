@@ -7,6 +7,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
+from unittest.mock import patch
 
 import numpy as np
 
@@ -14,6 +15,18 @@ import numpy as np
 def interpreted(function, *arguments):
     """`function(*arguments)` of a function that can be imported, in a process that stays until the tests end."""
     return _process().submit(function, *arguments).result()
+
+
+def run_as_on(capability: tuple[int, int], dtype, problem):
+    """`problem.run`, with the kernels' variants for this GPU and this dtype, whatever the problem's own."""
+    from distca.kernels import triton_attention
+
+    def variant(kernel, head_dim, _dtype, softcap, _capability, triton):
+        return variant_of(kernel, head_dim, dtype, softcap, capability, triton)
+
+    variant_of = triton_attention.variant_of
+    with patch.object(triton_attention, "variant_of", variant):
+        return problem.run("triton")
 
 
 @cache
