@@ -182,7 +182,13 @@ class Measure:
 
         _refuse_overrides("measure", overrides)
         times = measure_kernels(
-            self.backend, self.device, self.heads, self.dtype, self.longest, 60 * self.minutes, " ".join(sys.argv)
+            self.backend,
+            self.device,
+            self.heads,
+            self.dtype,
+            self.longest,
+            60 * self.minutes,
+            " ".join(["distca", *sys.argv[1:]]),
         )
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(dump_settings(times), encoding="utf-8")
