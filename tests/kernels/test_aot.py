@@ -10,7 +10,7 @@ from distca.kernels.aot import SHARED_LIMIT, Build, builds, compile_for  # noqa:
 
 ALL = list(builds())
 MOST_USED = [b for b in ALL if (b.capability, b.head_dim, b.dtype, b.softcap) == (90, 128, torch.bfloat16, False)]
-STACK = {80: 0, 90: 0, 100: 24}  # bytes of registers that did not fit, at most
+STACK = {80: 0, 90: 0, 100: 8}  # bytes of registers that do not fit; Triton 3.6 and 3.9 leave up to 88 in rarer ones
 
 
 @pytest.mark.parametrize(
