@@ -216,9 +216,9 @@ class PlannerSettings(Settings):
 
 
 class KernelSettings(Settings):
-    backend: Literal["auto", "torch", "reference"] = "auto"
-    """`torch`: fused operators of PyTorch, any device. `reference`: plain and slow, computes everything DistCA
-    knows."""
+    backend: Literal["auto", "torch", "triton", "reference"] = "auto"
+    """`torch`: fused operators of PyTorch, any device; what `auto` takes. `triton`: our own kernels, one launch for all
+    tasks of a call, on CUDA. `reference`: plain and slow, computes everything DistCA knows."""
 
 
 class CheckpointSettings(Settings):
@@ -352,8 +352,8 @@ def validate_settings(values: dict[str, Any], origin: str = "settings", model: t
         raise SettingsError("\n".join([f"{origin}: {len(problems)} setting{plural} to correct", *lines])) from None
 
 
-def dump_settings(settings: RunSettings) -> str:
-    """The resolved settings as YAML that `load_settings` reads back to an equal value."""
+def dump_settings(settings: Settings) -> str:
+    """Settings as YAML that reads back to an equal value."""
     return yaml.dump(settings.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

@@ -18,15 +18,34 @@ from distca.cost import PICOSECONDS, AttentionShape, Cost, PairCost, RowBlockCos
 from distca.errors import SettingsError
 
 
-class HardwareTable(BaseModel):
-    """Seconds of one layer's attention on full tiles of rows[i] x keys[j], alone on the device."""
-
+class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Speed(Record):
+    """TFLOP per second of useful operations: 4 x head size for each visible pair and query head forward, 2.5 times as
+    many backward, whatever the kernels do."""
+
+    forward: float
+    backward: float
+
+
+class TileFit(Record):
+    """Seconds of a call = tile_s x tiles of 128 query rows + block_s x blocks of 128 x 128, over all query heads."""
+
+    tile_s: float
+    block_s: float
+    error: float
+    """Root mean square of the relative errors over the timed calls."""
+
+
+class HardwareTable(Record):
+    """Seconds of one layer's attention on full tiles of rows[i] x keys[j], each as one of many in a call."""
 
     device: str
     """Name of the device as its driver gives it."""
     versions: dict[str, str]
-    """Of torch, triton, driver."""
+    """Of python, torch, triton."""
     date: str
     command: str
     """What measured it."""
@@ -39,8 +58,10 @@ class HardwareTable(BaseModel):
     keys: tuple[PositiveInt, ...]
     forward_s: tuple[tuple[PositiveFloat, ...], ...]
     backward_s: tuple[tuple[PositiveFloat, ...], ...]
-    fit: dict[str, dict[str, float]] = {}
-    """For people: per direction, seconds of a row block as a + b x key blocks, with the fit's errors."""
+    fit: dict[Literal["forward", "backward"], TileFit] = {}
+    """For people, and for shapes beyond the table."""
+    speeds: dict[str, Speed] = {}
+    """For people: whole documents, calls as planned, and PyTorch's own operators, timed in the same process."""
 
     @model_validator(mode="after")
     def _is_a_table(self) -> HardwareTable:
@@ -68,6 +89,14 @@ def read_hardware(path: str | Path) -> HardwareTable:
         raise SettingsError(f"planner.cost: cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
         raise SettingsError(f"planner.cost: {path} is not a table of measured kernel times: {error}") from None
+
+
+def write_hardware(path: Path, table: HardwareTable) -> None:
+    """At no moment half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(yaml.safe_dump(table.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    draft.replace(path)
 
 
 def costs_of(planner: PlannerSettings) -> tuple[Cost, ...]:

@@ -174,6 +174,11 @@ def tighten(bands: Bands) -> Bands:
     return _rebase(bands, q0, q1, k0, k1)
 
 
+def transpose(bands: Bands) -> Bands:
+    """The same pairs with rows and keys in each other's place: which rows see a key."""
+    return Bands(bands.k0, bands.k1, bands.q0, bands.q1, -bands.hi, -bands.lo)
+
+
 def _rebase(bands: Bands, q0, q1, k0, k1) -> Bands:
     """The same diagonals seen from another corner."""
     shift = (q0 - bands.q0) - (k0 - bands.k0)

@@ -1,9 +1,10 @@
 """Which rows does a rank send and receive because of a plan?
 
-A server's rows lie packed, sorted by document and position, so that the rows and keys of a task are contiguous:
+A server's rows are sorted by document and position, so that the rows and keys of a task are contiguous, and every row
+keeps its place in its document modulo `TILE`, with padding between:
 
-    home rank 0  | doc 0 | doc 1 ...|        server 2  queries | doc 1 rows 128.. | doc 4 rows 0.. |
-    home rank 1  | ... doc 1 | doc 4 |                 keys    | doc 1 keys 0..        | doc 4 keys 0.. |
+    home rank 0  | doc 0 | doc 1 ...|        server 2  queries | doc 1 rows 128.. |  | doc 4 rows 0.. |
+    home rank 1  | ... doc 1 | doc 4 |                 keys    | doc 1 keys 0..      |  | doc 4 keys 0.. |
 
 A *shipment* is a run of rows with one home rank and one server; both ends derive their row numbers from the same
 shipments, in the order in which the rows lie at the server. A row goes to a server once, however many of the server's
@@ -14,7 +15,7 @@ its own tasks, and most documents are attended where they live.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from distca.masks import Bands
 from distca.plan import Plan
 
 NO_ROWS = np.zeros(0, np.int64)
+TILE = 128
+"""Tiles and blocks of kernels divide it: so they are the document's own, wherever it was cut, and never shared."""
 Weight = int | Callable[["Shipments"], np.ndarray]
 
 
@@ -36,7 +39,7 @@ class Routes:
     def of_trainer(self, rank: int) -> TrainerRoute:
         segments = self.plan.segments
         tasks = _tasks_of(self.plan, np.unique(segments.document[segments.rank == rank]))
-        queries, keys = (shipments.of_rank(rank) for shipments, _ in _ship(self.plan, tasks))
+        queries, keys = (shipments.of_rank(rank) for shipments, *_ in _ship(self.plan, tasks))
         q_rows, kv_rows = (_rows_by(x.server, x.home_row, x.rows) for x in (queries, keys))
         links = tuple(
             ServerRows(s, q_rows.get(s, NO_ROWS), kv_rows.get(s, NO_ROWS)) for s in sorted({*q_rows, *kv_rows})
@@ -45,14 +48,14 @@ class Routes:
 
     def of_server(self, server: int) -> ServerRoute:
         tasks = np.flatnonzero(self.plan.server == server)
-        (queries, q0), (keys, k0) = _ship(self.plan, tasks)
+        (queries, q0, num_q_rows), (keys, k0, num_kv_rows) = _ship(self.plan, tasks)
         q_rows, kv_rows = queries.by_rank(), keys.by_rank()
         links = tuple(
             TrainerRows(r, q_rows.get(r, NO_ROWS), kv_rows.get(r, NO_ROWS)) for r in sorted({*q_rows, *kv_rows})
         )
         b = self.plan.bands[tasks]
         packed = Bands(q0, q0 + b.q1 - b.q0, k0, k0 + b.k1 - b.k0, b.lo, b.hi)
-        return ServerRoute(server, links, packed, int(queries.rows.sum()), int(keys.rows.sum()), self.digest)
+        return ServerRoute(server, links, packed, num_q_rows, num_kv_rows, self.digest)
 
     def moved_rows(self) -> tuple[int, int]:
         """How many query rows and key/value rows are attended away from their home rank."""
@@ -71,16 +74,17 @@ class Routes:
 
 @dataclass(frozen=True, slots=True)
 class Shipments:
-    """Rows [home_row, home_row + rows) of `rank` go to `server`. Sorted by server, then as its rows lie there, without
-    gaps."""
+    """Rows [home_row, home_row + rows) of `rank` are rows [server_row, server_row + rows) of `server`, if that is the
+    only server; `server_row` counts on over servers. In this order."""
 
     rank: np.ndarray  # (N,) int64
     server: np.ndarray  # (N,) int64
     home_row: np.ndarray  # (N,) int64
+    server_row: np.ndarray  # (N,) int64
     rows: np.ndarray  # (N,) int64
 
     def __getitem__(self, index) -> Shipments:
-        return Shipments(self.rank[index], self.server[index], self.home_row[index], self.rows[index])
+        return Shipments(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def of_rank(self, rank: int) -> Shipments:
         return self[self.rank == rank]
@@ -88,7 +92,7 @@ class Shipments:
     def by_rank(self) -> dict[int, np.ndarray]:
         """All shipments of one server: the server's row numbers that each rank sends, in the order in which they
         travel."""
-        return _rows_by(self.rank, np.cumsum(self.rows) - self.rows, self.rows)
+        return _rows_by(self.rank, self.server_row, self.rows)
 
     def are_disjoint(self) -> bool:
         """All shipments of one rank: no row goes to more than one server."""
@@ -130,6 +134,7 @@ class ServerRoute:
     links: tuple[TrainerRows, ...]
     tasks: Bands
     num_q_rows: int
+    """With padding, of which nothing travels."""
     num_kv_rows: int
     digest: int
 
@@ -155,13 +160,13 @@ def _ship_away(plan: Plan) -> list[Shipments]:
     has_one_home = np.ones(len(plan.lengths), bool)
     has_one_home[s.document[last_home[s.document] != home]] = False
     stays = has_one_home[plan.document] & (last_home[plan.document] == home_of_server[plan.server])
-    shipments = [x for x, _ in _ship(plan, np.flatnonzero(~stays))]
+    shipments = [x for x, *_ in _ship(plan, np.flatnonzero(~stays))]
     return [x[home_of_server[x.server] != x.rank // pool.ranks_per_home] for x in shipments]
 
 
-def _ship(plan: Plan, tasks: np.ndarray) -> tuple[tuple[Shipments, np.ndarray], tuple[Shipments, np.ndarray]]:
-    """For queries, then for keys: what some tasks need, and the row at which each task's own begin, counted over all
-    these shipments."""
+def _ship(plan: Plan, tasks: np.ndarray) -> tuple[tuple[Shipments, np.ndarray, int], ...]:
+    """For queries, then for keys: what some tasks need, the server row at which each task's own begin, and the number
+    of server rows; both count on over servers."""
     b, server, document = plan.bands[tasks], plan.server[tasks], plan.document[tasks]
     involved = np.zeros(len(plan.lengths), bool)
     involved[document] = True
@@ -173,13 +178,13 @@ def _ship(plan: Plan, tasks: np.ndarray) -> tuple[tuple[Shipments, np.ndarray], 
     )
 
 
-def _ship_ranges(plan: Plan, segments, server, document, start, end) -> tuple[Shipments, np.ndarray]:
-    """Shipments that cover the row ranges [start, end) of documents for servers, and where each range begins in them.
-    `segments`, sorted by document and start, hold all rows of these documents."""
+def _ship_ranges(plan: Plan, segments, server, document, start, end) -> tuple[Shipments, np.ndarray, int]:
+    """Shipments that cover the row ranges [start, end) of documents for servers, at which server row each range begins,
+    and the number of server rows. `segments`, sorted by document and start, hold all rows of these documents."""
     span, first_range, span_end = _union(server, document, start, end)
     span_server, span_document, span_start = server[first_range], document[first_range], start[first_range]
-    rows = span_end - span_start
-    begin = (np.cumsum(rows) - rows)[span] + start - span_start[span]
+    room = -(-span_end // TILE) * TILE - span_start // TILE * TILE
+    span_row = np.cumsum(room) - room + span_start % TILE
 
     # each span crosses one or more segments of its document, which are consecutive
     s, stride = plan.segments, int(plan.lengths.max(initial=0)) + 1
@@ -189,8 +194,9 @@ def _ship_ranges(plan: Plan, segments, server, document, start, end) -> tuple[Sh
     crossed, segment = np.repeat(np.arange(len(low)), high - low), segments[ranges(low, high - low)]
     first = np.maximum(span_start[crossed], s.start[segment])
     last = np.minimum(span_end[crossed], s.end[segment])
-    home_row = s.row[segment] + first - s.start[segment]
-    return Shipments(s.rank[segment], span_server[crossed], home_row, last - first), begin
+    home_row, server_row = s.row[segment] + first - s.start[segment], span_row[crossed] + first - span_start[crossed]
+    shipments = Shipments(s.rank[segment], span_server[crossed], home_row, server_row, last - first)
+    return shipments, span_row[span] + start - span_start[span], int(room.sum())
 
 
 def _union(server, document, start, end) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

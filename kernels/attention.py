@@ -13,11 +13,13 @@ from distca.kernels.capability import refusal
 from distca.kernels.merge import statistics_dtype
 from distca.kernels.reference import attend_backward_reference, attend_reference
 from distca.kernels.torch_blocks import attend_backward_torch, attend_torch
+from distca.kernels.triton_attention import attend_backward_triton, attend_triton
 from distca.masks import Bands
 
 BACKENDS = {
     "reference": (attend_reference, attend_backward_reference),
     "torch": (attend_torch, attend_backward_torch),
+    "triton": (attend_triton, attend_backward_triton),
 }
 
 

@@ -27,6 +27,19 @@ def merge(
     return lead.sigmoid()[..., None] * out + (-lead).sigmoid()[..., None] * part, total
 
 
+def add_sinks(out_SHD: torch.Tensor, lse_SH: torch.Tensor, sinks_H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What rows become when every head has a sink: one more key for all rows, with this score and the value 0.
+
+    It belongs to a row once, wherever the row's keys are attended: fold it into the final result. Backward then needs
+    nothing new, since lse and delta are those of the result with the sink."""
+    return merge(out_SHD, lse_SH, torch.zeros_like(out_SHD), sinks_H.to(lse_SH.dtype).expand_as(lse_SH))
+
+
+def sinks_gradient(lse_SH: torch.Tensor, delta_SH: torch.Tensor, sinks_H: torch.Tensor) -> torch.Tensor:
+    """(H,) gradient of the sinks, from the lse and delta of rows that `add_sinks` has been applied to."""
+    return -((sinks_H.to(lse_SH.dtype) - lse_SH).exp() * delta_SH).sum(0)
+
+
 def delta_of(out_SHD: torch.Tensor, d_out_SHD: torch.Tensor) -> torch.Tensor:
     """rowsum(d_out * out), (S, H) in the statistics dtype: what backward subtracts from every dP of a row."""
     stats = statistics_dtype(out_SHD.dtype)

@@ -196,6 +196,47 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """Time core attention on this machine, and write the table that predicts other calls."""
+
+    what: tyro.conf.Positional[Literal["kernels"]]
+    """What to measure."""
+    out: tyro.conf.Positional[Path]
+    """YAML file to write, for example configs/hardware/NAME.yaml."""
+    backend: str = "torch"
+    """As `kernels.backend` in a run file."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
+    heads: tuple[int, int, int] = (32, 8, 128)
+    """Query heads, key/value heads, head size."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of q, k and v."""
+    longest: int = 32768
+    """Most keys that a timed row sees."""
+    minutes: float = 8.0
+    """Time to spend; what does not fit is left out."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        from distca.hardware import write_hardware
+        from distca.launch.measure import measure_kernels, table_of
+
+        _refuse_overrides("measure", overrides)
+        times = measure_kernels(
+            self.backend,
+            self.device,
+            self.heads,
+            self.dtype,
+            self.longest,
+            60 * self.minutes,
+            " ".join(["distca", *sys.argv[1:]]),
+        )
+        write_hardware(self.out, times)
+        console.print(table_of(times))
+        console.print(f"written to {self.out}", highlight=False)
+        return EXIT_OK
+
+
+@dataclass(frozen=True)
 class ListSettings:
     """List every setting: allowed values, default, meaning."""
 
@@ -219,7 +260,7 @@ class ConsoleHandler(logging.Handler):
         self._console.print(self.format(record), style=style, highlight=False, markup=False)
 
 
-Command = Train | Resume | Verify | Plan | Export | Annotated[ListSettings, tyro.conf.subcommand("settings")]
+Command = Train | Resume | Verify | Plan | Export | Measure | Annotated[ListSettings, tyro.conf.subcommand("settings")]
 
 
 def main() -> None:

@@ -189,9 +189,10 @@ class AttentionServer:
     def _assemble(
         self, route: ServerRoute, header: Header, parts: dict[int, tuple[Header, torch.Tensor]]
     ) -> list[torch.Tensor]:
-        """Every trainer's rows in their places: q, k, v, and for backward lse, delta, d_out."""
+        """Every trainer's rows in their places: q, k, v, and for backward lse, delta, d_out. Padding is 0: kernels may
+        read it."""
         row_shapes = request_shapes(header, route.num_q_rows, route.num_kv_rows)
-        rows = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in row_shapes]
+        rows = [torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in row_shapes]
         for at in route.links:
             received = unpack(parts[at.rank][1], request_shapes(header, len(at.q_rows), len(at.kv_rows)))
             for name, whole, part in zip(REQUEST_ROWS, rows, received, strict=False):

@@ -34,7 +34,7 @@ PLACES = {
     "pydantic": ["distca/config.py", "distca/hardware.py"],
     "yaml": ["distca/config.py", "distca/hardware.py"],
     "tyro": ["launch/cli.py"],
-    "rich": ["launch/cli.py", "launch/plan.py", "launch/train.py"],
+    "rich": ["launch/cli.py", "launch/measure.py", "launch/plan.py", "launch/train.py"],
 }
 
 

@@ -14,7 +14,7 @@ from distca.payoff import NOTHING_MOVES, predicted
 from distca.plan import MILLION, PlanInputs, Pool, least_moved, limits, make_pool
 from distca.planner import plan_step
 from distca.recovery import without_servers
-from distca.routes import routes_of
+from distca.routes import TILE, routes_of
 
 
 def padded(lengths, num_ranks):
@@ -85,8 +85,14 @@ def test_every_task_finds_its_rows_at_its_server(lengths, pool, window):
             assert (q_rows[at_server.q_rows] == -1).all() and (kv_rows[at_server.kv_rows] == -1).all()
             q_rows[at_server.q_rows] = home[at_server.rank][at_home.q_rows]
             kv_rows[at_server.kv_rows] = home[at_server.rank][at_home.kv_rows]
-        assert (q_rows >= 0).all() and (kv_rows >= 0).all()
-        assert len(np.unique(q_rows)) == len(q_rows) and len(np.unique(kv_rows)) == len(kv_rows), "a row travels once"
+        for rows in q_rows, kv_rows:
+            place, token = np.flatnonzero(rows >= 0), rows[rows >= 0]
+            assert len(np.unique(token)) == len(token), "a row travels once"
+            document = np.searchsorted(offsets, token, side="right") - 1
+            assert ((place - (token - offsets[document])) % TILE == 0).all(), "a row keeps its place modulo TILE"
+            assert len(rows) % TILE == 0
+            tile, owner = np.unique(np.stack([place // TILE, document]), axis=1)
+            assert len(np.unique(tile)) == len(tile), "documents share no tile"
         mine = np.flatnonzero(plan.server == server)
         assert len(mine) == len(route.tasks)
         for i, c in enumerate(mine):

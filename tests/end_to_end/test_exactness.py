@@ -6,7 +6,8 @@ alone."""
 
 import pytest
 from hardware_tables import write_hardware
-from team import Team, make_settings
+from interpreter import interpreted
+from team import Team, make_settings, verified
 
 pytestmark = pytest.mark.slow
 
@@ -28,9 +29,7 @@ ALSO_FP32 = ("llama, 7 heads", "qwen3", "mistral, window", "gemma3, window")
 
 
 def verify(tmp_path, lengths, model=None, **sections):
-    settings = make_settings(tmp_path, lengths, model, **sections)
-    with Team(settings) as team:
-        return team.verify()
+    return verified(make_settings(tmp_path, lengths, model, **sections))
 
 
 def assert_passed(result, num_parameters_at_least=15):
@@ -103,3 +102,10 @@ def test_activation_checkpointing(tmp_path, zero_stage):
         assert_passed(team.verify())
         (report, _rss) = team.ask(team.servers, "take_report")[0]
     assert report.calls == 4, "two layers, forward and backward: attention is not repeated"
+
+
+@pytest.mark.parametrize(("model", "lengths"), [("llama", [1, 129, 250, 20]), ("mistral, window", [330, 70])])
+def test_the_triton_kernels_in_their_interpreter(tmp_path, model, lengths):
+    sections = dict(parallel=dict(trainers=2, servers=2, trainers_serve=False), kernels=dict(backend="triton"))
+    settings = make_settings(tmp_path, lengths, FAMILIES.get(model), **sections)
+    assert_passed(interpreted(verified, settings))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from distca.errors import Unsupported
+from distca.kernels import capability
 from distca.kernels.attention import BACKENDS, attend
 from distca.kernels.capability import CAPABILITIES, refusal
 from distca.masks import Bands
@@ -11,10 +12,22 @@ from distca.masks import Bands
 PLAIN = {"head_dim": 64, "dtype": torch.bfloat16, "softcap": 0.0, "device_type": "cpu"}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("backend, device_type", sorted({*CAPABILITIES} - {("triton", "cpu")}))
 def test_plain_attention_is_refused_by_no_back_end(backend, device_type):
     assert refusal(backend, **PLAIN | {"device_type": device_type}) is None
+
+
+def test_triton_needs_its_interpreter_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    sentence = refusal("triton", **PLAIN)
+    assert "interpreter" in sentence and "TRITON_INTERPRET=1" in sentence and "kernels.backend: torch" in sentence
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert refusal("triton", **PLAIN) is None
+
+
+def test_a_missing_triton_is_said(monkeypatch):
+    monkeypatch.setattr(capability, "find_spec", lambda name: None)
+    assert "needs Triton, which is not installed" in refusal("triton", **PLAIN | {"device_type": "cuda"})
 
 
 def test_the_table_and_the_back_ends_have_the_same_names():
@@ -28,6 +41,8 @@ def test_the_table_and_the_back_ends_have_the_same_names():
         ("torch", {"head_dim": 20, "device_type": "cuda"}, ["head size 20", "multiples of 8", "kernels.backend: ref"]),
         ("torch", {"dtype": torch.float64, "device_type": "cuda"}, ["float64", "float32", "kernels.backend: ref"]),
         ("torch", {"dtype": torch.float8_e4m3fn}, ["float8_e4m3fn", "bfloat16", "change the dtype"]),
+        ("triton", {"head_dim": 512, "device_type": "cuda"}, ["up to 256", "kernels.backend: torch"]),
+        ("triton", {"dtype": torch.float64, "device_type": "cuda"}, ["float64", "float32", "kernels.backend: ref"]),
         ("flashy", {}, ["'flashy'", "does not exist on cpu", "kernels.backend: torch"]),
         ("torch", {"device_type": "mps"}, ["does not exist on mps", "change the dtype or the device"]),
     ],

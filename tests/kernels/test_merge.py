@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from distca.kernels.merge import delta_of, merge, statistics_dtype
+from distca.kernels.attention import attend, attend_backward
+from distca.kernels.merge import add_sinks, delta_of, merge, sinks_gradient, statistics_dtype
+from distca.masks import UNBOUNDED, Bands
 
 INF = torch.inf
 
@@ -46,3 +48,24 @@ def test_delta_is_summed_in_the_statistics_dtype(dtype):
     delta = delta_of(out, d_out)
     assert delta.dtype == statistics_dtype(dtype)
     torch.testing.assert_close(delta.double(), (out.double() * d_out.double()).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_sinks_and_their_gradient_equal_attention_with_one_more_key(backend):
+    """Row 0 to 8 causal; the sink is a key of score `sinks` and value 0 that servers need not know of."""
+    gen = torch.Generator().manual_seed(1)
+    normal = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=gen).requires_grad_()  # noqa: E731
+    q, k, v, sinks, d_out = normal(9, 4, 8), normal(9, 2, 8), normal(9, 2, 8), normal(4), normal(9, 4, 8).detach()
+    s = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * 0.4
+    s = s.masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -INF)
+    p = torch.cat([s, sinks[:, None, None].expand(4, 9, 1)], -1).softmax(-1)[..., :-1]
+    expected = torch.einsum("hqk,khd->qhd", p, v.repeat_interleave(2, 1))
+    gradients = torch.autograd.grad(expected, (q, k, v, sinks), d_out)
+
+    tasks, options = Bands.of((0, 9, 0, 9, -UNBOUNDED, 0)), dict(scale=0.4, backend=backend)
+    with torch.no_grad():
+        out, lse = add_sinks(*attend(q, k, v, tasks, **options), sinks)
+        delta = delta_of(out, d_out)
+        found = [*attend_backward(q, k, v, lse, delta, d_out, tasks, **options), sinks_gradient(lse, delta, sinks)]
+    for x, y in zip([out, *found], [expected, *gradients], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)

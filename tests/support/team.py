@@ -108,6 +108,12 @@ class Team:
         return found
 
 
+def verified(settings: RunSettings):
+    """The comparison of one step of a team of its own with one device."""
+    with Team(settings) as team:
+        return team.verify()
+
+
 def _worker(pipe, kind, *arguments):
     os.environ["OMP_NUM_THREADS"] = "1"
     worker = error = None
