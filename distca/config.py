@@ -201,6 +201,8 @@ class PlannerSettings(Settings):
     @model_validator(mode="after")
     def _speeds_are_comparable(self) -> PlannerSettings:
         formula = self.cost in ("pairs", "row-blocks")
+        if not self.wire.gb_per_s and self.wire != WireSettings():
+            raise ValueError("wire: without gb_per_s its other settings say nothing")
         if self.wire.gb_per_s and formula and not self.wire.tflops:
             raise ValueError(f"wire.gb_per_s needs wire.tflops with cost: {self.cost}, to compare moving and computing")
         if self.wire.tflops and not formula:

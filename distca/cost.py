@@ -64,7 +64,8 @@ class RowBlockCost:
 
 @dataclass(frozen=True, slots=True)
 class TableCost:
-    """Picoseconds by linear interpolation between measured tiles of rows x keys, and on from the table's last two."""
+    """Picoseconds by linear interpolation between measured tiles of rows x keys, and on from the table's last two. More
+    rows or keys never cost less."""
 
     rows: tuple[int, ...]
     """Ascending, at least two; fewer rows than the first cost as much as the first."""
@@ -80,6 +81,7 @@ class TableCost:
         shape = np.array(self.picoseconds).shape
         assert shape == (len(self.rows), len(self.keys)), f"{shape} times for {len(self.rows)} x {len(self.keys)}"
         assert np.array(self.picoseconds).min() > 0, "a time is not positive"
+        assert all((np.diff(self.picoseconds, axis=i) >= 0).all() for i in (0, 1)), "more rows or keys cost less"
 
     def of(self, bands: Bands) -> np.ndarray:
         pairs, num_rows = bands.area(), np.maximum(bands.q1 - bands.q0, 1)
@@ -113,6 +115,7 @@ def cost_from_words(words: list[int]) -> Cost:
 
 def _between(low, high, part, whole):
     """low + (high - low) * part / whole; the quotient first, so that products stay below 2^63."""
+    high = np.maximum(low, high)
     slope, rest = (high - low) // whole, (high - low) % whole
     return low + slope * part + rest * part // whole
 

@@ -103,7 +103,7 @@ def _migrate(item: np.ndarray, server: np.ndarray, inputs: PlanInputs, mask: Mas
     share = shares(int(pairs.sum()), inputs.pool)
     surplus = sum_by(server, pairs, len(inputs.pool)) - share
     for taker in np.argsort(surplus, kind="stable").tolist():
-        while -surplus[taker] * MILLION > tolerance * share[taker]:
+        while -int(surplus[taker]) * MILLION > tolerance * int(share[taker]):
             from_ = np.flatnonzero((surplus[server] > 0) & (pairs > 0))
             if len(from_) == 0:
                 break
@@ -120,8 +120,10 @@ def _migrate(item: np.ndarray, server: np.ndarray, inputs: PlanInputs, mask: Mas
                 if rows == 0:
                     break
                 inner = np.array([[document, b - rows, b, c, c + rows]], np.int64)
-                item[chosen] = (document, a, b - rows, c + rows, d)
                 amount = int(pairs_of(inner)[0])
+                if amount == 0:  # a window may leave these rows nothing
+                    break
+                item[chosen] = (document, a, b - rows, c + rows, d)
                 pairs[chosen] -= amount
                 item, server, pairs = np.concatenate([item, inner]), np.append(server, taker), np.append(pairs, amount)
             else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
 
@@ -77,8 +78,10 @@ class HardwareTable(Record):
         """The table of one direction, or of both together."""
         tables = [self.forward_s if direction == "forward" else self.backward_s for direction in directions]
         seconds = [[sum(cell) for cell in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
-        picoseconds = tuple(tuple(max(1, round(s * PICOSECONDS)) for s in row) for row in seconds)
-        return TableCost(self.rows, self.keys, picoseconds)
+        picoseconds = np.maximum(1, np.rint(np.array(seconds) * PICOSECONDS).astype(np.int64))
+        for axis in (0, 1):  # noise of measuring must not make a larger tile the cheaper one
+            picoseconds = np.maximum.accumulate(picoseconds, axis=axis)
+        return TableCost(self.rows, self.keys, tuple(map(tuple, picoseconds.tolist())))
 
 
 def read_hardware(path: str | Path) -> HardwareTable:
@@ -86,7 +89,9 @@ def read_hardware(path: str | Path) -> HardwareTable:
     try:
         return HardwareTable.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
-        raise SettingsError(f"planner.cost: cannot read {path}: {error.strerror}") from None
+        raise SettingsError(
+            f"planner.cost: cannot read {path}: {error.strerror}; it is pairs, row-blocks, or a file of measured times"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
         raise SettingsError(f"planner.cost: {path} is not a table of measured kernel times: {error}") from None
 
@@ -113,6 +118,14 @@ def wires_of(planner: PlannerSettings, shape: AttentionShape) -> tuple[Wire, ...
     is."""
     if planner.wire.gb_per_s is None:
         return ()
+    if planner.wire.tflops is None:
+        table, asked = read_hardware(planner.cost), (shape.query_heads, shape.kv_heads, shape.head_dim)
+        if (table.query_heads, table.kv_heads, table.head_dim) != asked:
+            raise SettingsError(
+                f"planner.cost: {planner.cost} holds times of {table.query_heads}:{table.kv_heads} heads of "
+                f"{table.head_dim}, the model has {asked[0]}:{asked[1]} of {asked[2]}. To compare computing with "
+                "moving (planner.wire), measure the model's shape: distca measure kernels --heads"
+            )
     separate = planner.backward == "own-plan"
     return tuple(_wire(planner, shape, d) for d in ([(False,), (True,)] if separate else [(False, True)]))
 

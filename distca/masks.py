@@ -119,13 +119,16 @@ def prefix_mask(lengths: np.ndarray, prefix: np.ndarray) -> Mask:
 def sink_mask(lengths: np.ndarray, sinks: int, window: int) -> Mask:
     """A row sees the `window` keys up to its own, and the document's first `sinks` keys (StreamingLLM,
     arXiv 2309.17453)."""
+    assert window > 0, "a row sees at least its own key"
     zero, far = np.zeros_like(lengths), np.full_like(lengths, UNBOUNDED)
     first = Bands(zero, lengths, zero, np.minimum(sinks, lengths), -far, zero - window)
-    return _interleave(first, bands_of(MaskRule(window), lengths))
+    mask = _interleave(first, bands_of(MaskRule(window), lengths))
+    return Mask(mask.document, tighten(mask.bands))
 
 
 def chunk_mask(lengths: np.ndarray, chunk: int) -> Mask:
     """A row sees the keys up to its own of the `chunk` rows that it is one of (Llama 4)."""
+    assert chunk > 0, "a chunk has at least one row"
     document, nth = spread(-(-lengths // chunk))
     start = nth * chunk
     end = np.minimum(start + chunk, lengths[document])

@@ -3,7 +3,8 @@
 A `Plan` is made from `PlanInputs` alone (integers: lengths, capacities, mask, cost), by every rank for itself. Ranks
 compare the 8-byte digest, never the plan. `Plan.check()` states what every plan guarantees:
   - each allowed (query, key) pair is in exactly one task, and each task has one server of the pool;
-  - tasks are cut at multiples of `block` rows and keys counted from the document's start, or at a border between ranks;
+  - tasks are cut at multiples of `block` rows and keys counted from the document's start, or at a border between ranks
+    (the greedy's plans, which are there to compare with, anywhere);
   - no server's load exceeds its fair share by more than the tolerance plus one tile of block x block pairs, where the
     cost is the number of pairs (other costs grow with every cut, by an amount that no bound is given for);
   - every rank holds the same number of rows.
@@ -143,7 +144,7 @@ class Plan:
         return imbalance(self.load(), self.pool.capacity)
 
     def digest(self) -> int:
-        """64 bits that differ when any task, server or segment does."""
+        """63 bits that differ when any task, server or segment does; what the plan was made from is not in them."""
         tasks = [self.document, *(getattr(self.bands, f.name) for f in fields(Bands)), self.server]
         return _digest(tasks, [getattr(self.segments, f.name) for f in fields(Segments)])
 
@@ -155,12 +156,18 @@ class Plan:
             load, limit = self.load(), limits(int(self.bands.area().sum()), self.pool, self.tolerance)
             over = np.flatnonzero(load > limit + self.block**2)
             assert len(over) == 0, f"server {over[0]} has {load[over[0]]} pairs, its limit is {limit[over[0]]}"
-        held = sum_by(self.segments.rank, self.segments.end - self.segments.start, int(self.segments.rank.max()) + 1)
+        s = self.segments
+        held = sum_by(s.rank, s.end - s.start, int(s.rank.max(initial=0)) + 1)
         assert (held == held[0]).all(), f"ranks hold {held.tolist()} rows"
+        where = np.argsort(s.rank * (int(held[0]) + 1) + s.row, kind="stable")
+        assert (
+            s.row[where] == (np.cumsum((s.end - s.start)[where]) - (s.end - s.start)[where]) % max(1, held[0])
+        ).all(), "a rank's rows do not lie end to end"
 
     def check_cover(self) -> None:
         """Raise AssertionError unless each allowed pair is in exactly one task and each row in one segment."""
         allowed, tasks = self.mask, self.bands
+        assert (np.diff(self.document) >= 0).all(), "tasks are not in the plan's order"
         wanted, got = (
             sum_by(document, bands.area(), len(self.lengths))
             for document, bands in ((allowed.document, allowed.bands), (self.document, tasks))
@@ -180,7 +187,11 @@ class Plan:
             assert not intersect(mine[first], mine[second]).area().any(), f"document {d}: two tasks share pairs"
         s = self.segments
         held = sum_by(s.document, s.end - s.start, len(self.lengths))
-        assert (held == self.lengths).all(), "segments do not tile the documents"
+        order = order_by(s.document, s.start)
+        document, start, end = s.document[order], s.start[order], s.end[order]
+        first = np.append(True, document[1:] != document[:-1])[: len(document)]
+        tiled = start == np.where(first, 0, np.append(0, end[:-1])[: len(end)])
+        assert (held == self.lengths).all() and tiled.all(), "segments do not tile the documents"
 
 
 def bands_in(mask: Mask, document, start, end) -> tuple[np.ndarray, Bands]:
@@ -216,10 +227,8 @@ def _digest(*tables: list[np.ndarray]) -> int:
 
 
 def limits(total: int, pool: Pool, tolerance: int) -> np.ndarray:
-    """(servers,) int64: the most pairs each server may get, (1 + tolerance) times its share of `total`."""
-    share = shares(total, pool)
-    # exact where share * tolerance would not fit 64 bits, as it does not when nothing is to move
-    return share + share // MILLION * tolerance + share % MILLION * tolerance // MILLION
+    """(servers,) int64: the most that each server may get, (1 + tolerance) times its share of `total`, or all."""
+    return np.array([min(total, s + s * tolerance // MILLION) for s in shares(total, pool).tolist()], np.int64)
 
 
 def shares(total: int, pool: Pool) -> np.ndarray:
@@ -239,6 +248,8 @@ def least_moved(plan: Plan, group: int) -> int:
     share = shares(int(plan.load().sum()), plan.pool)
     order = order_by(s.rank, s.document)
     document, rank = s.document[order], s.rank[order]
+    if len(rank) == 0:
+        return 0
     fresh = np.flatnonzero(np.append(True, (document[1:] != document[:-1]) | (rank[1:] != rank[:-1])))
     held = np.add.reduceat((s.end - s.start)[order], fresh)  # rows of one document on one rank
     most, own = (

@@ -101,8 +101,10 @@ def plan_step(inputs: PlanInputs, rule: MaskRule | Mask, direction: int = 0) -> 
 
 def plan_directions(inputs: PlanInputs, rule: MaskRule | Mask) -> tuple[Plan, Plan]:
     """The plans of forward and backward; the same one where one cost stands for both."""
-    plans = [plan_step(inputs, rule, direction) for direction in range(len(inputs.costs))]
-    return plans[0], plans[-1]
+    forward = plan_step(inputs, rule)
+    if inputs.costs[-1] == inputs.costs[0] and inputs.wires[-1:] == inputs.wires[:1]:
+        return forward, forward
+    return forward, plan_step(inputs, rule, 1)
 
 
 def _joined_neighbourhoods(pool: Pool, work: np.ndarray) -> Pool:
@@ -189,9 +191,16 @@ def _even_out(
     allowed = limits(total, pool, tolerance)
     if (sum_by(server, costs, len(pool)) > allowed).any():
         largest_tile = int(share.min()) * tolerance // MILLION // 2
-        task, bands, server = level(bands, server, cost, share, allowed, inputs.block, largest_tile)
-        document = document[task]
+        task, cuts, at = level(bands, server, cost, share, allowed, inputs.block, largest_tile)
+        before, after = (_worst(sum_by(s, cost.of(b), len(pool)), pool) for b, s in ((bands, server), (cuts, at)))
+        if after < before:  # costs other than pairs grow with every cut
+            document, bands, server = document[task], cuts, at
     return document, bands, server
+
+
+def _worst(load: np.ndarray, pool: Pool) -> int:
+    """The largest load for its server's capacity, in millionths."""
+    return max(MILLION * cost // capacity for cost, capacity in zip(load.tolist(), pool.capacity, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,13 +28,13 @@ def without_servers(plan: Plan, lost: Collection[int]) -> Plan:
     if len(survivors) == 1:
         server[moving] = survivors[0]
         return replace(plan, server=server)
-    area = plan.bands.area()
-    moving = moving[np.argsort(-area[moving], kind="stable")]
-    load, capacity = sum_by(plan.server, area, len(plan.pool)).tolist(), plan.pool.capacity
+    costs = plan.cost.of(plan.bands)
+    moving = moving[np.argsort(-costs[moving], kind="stable")]
+    load, capacity = sum_by(plan.server, costs, len(plan.pool)).tolist(), plan.pool.capacity
     heap = [(UNIT * load[s] // capacity[s], s) for s in survivors]
     heapq.heapify(heap)
-    for task, pairs in zip(moving.tolist(), area[moving].tolist(), strict=True):
+    for task, cost in zip(moving.tolist(), costs[moving].tolist(), strict=True):
         done, survivor = heap[0]
         server[task] = survivor
-        heapq.heapreplace(heap, (done + UNIT * pairs // capacity[survivor], survivor))
+        heapq.heapreplace(heap, (done + UNIT * cost // capacity[survivor], survivor))
     return replace(plan, server=server)

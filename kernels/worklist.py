@@ -16,7 +16,8 @@ The same list for the transposed tasks (`masks.transpose`) names the query block
 Promises:
   - Each pair of the tasks lies in exactly one (entry, block) per task that holds it; entries of a tile are in the
     order of their diagonals, then of their keys. So the blocks in which a row sees keys, and their order, do not
-    depend on where the tasks are cut along their rows. (A block in which it sees none changes no bit of its results.)
+    depend on where the tasks are cut along their rows or how they are listed, if no pair is in two of them. (A block
+    in which a row sees none changes no bit of its results.)
   - Every tile of the buffer has its items, also those that no task touches: kernels write all of their output.
   - Items with most blocks come first: handed out in this order to whoever is free, the work ends within one item of
     the ideal. Among items of nearly equal size, those that read the same keys are neighbours, for the L2 cache.
@@ -52,15 +53,17 @@ def work_list(tasks: Bands, num_rows: int, num_groups: int, tile: int, block: in
     keys."""
     b = tighten(tasks)
     b = b[b.q1 > b.q0]
+    assert max(num_rows, int(b.k1.max(initial=0))) < FAR, "more rows or keys on one server than an int32 counts"
     diagonal = b.k0 - b.q0
     lo, hi = (np.clip(x + diagonal, -FAR, FAR) for x in (b.lo, b.hi))
 
     band, n = spread((b.q1 - 1) // tile - b.q0 // tile + 1)  # one entry per band and tile that it touches
     at = (b.q0 // tile)[band] + n
     row0, row1 = np.maximum(b.q0[band], at * tile), np.minimum(b.q1[band], (at + 1) * tile)
-    first = np.maximum(b.k0[band], row0 + lo[band]) // block
+    start = np.maximum(b.k0[band], row0 + lo[band])
+    first = start // block
     last = np.minimum(b.k1[band] - 1, row1 - 1 + hi[band]) // block
-    order = np.lexsort((first, hi[band], lo[band], at))
+    order = np.lexsort((start, hi[band], lo[band], at))
     band, at, row0, row1, first, last = (x[order] for x in (band, at, row0, row1, first, last))
 
     num_tiles = -(-num_rows // tile)
@@ -81,7 +84,7 @@ def work_list(tasks: Bands, num_rows: int, num_groups: int, tile: int, block: in
         axis=1,
     )
     blocks = np.diff(total[begin])
-    reads = np.append(first, 0)[begin[:-1]] if len(first) else blocks  # where a tile's keys begin: who shares keys
+    reads = np.append(first, 0)[begin[:-1]]  # where a tile's keys begin: who shares keys
     return WorkList(_items(num_groups, tile, blocks, begin[:-1], reads), _int32(entries))
 
 
@@ -96,5 +99,5 @@ def _items(num_groups: int, tile: int, blocks: np.ndarray, first_entry: np.ndarr
 
 
 def _int32(x: np.ndarray) -> np.ndarray:
-    assert np.abs(x).max(initial=0) < 2**31, "more rows, keys or blocks on one server than an int32 counts"
+    assert np.abs(x).max(initial=0) < 2**31, "more blocks on one server than an int32 counts"
     return np.ascontiguousarray(x, np.int32)

@@ -138,6 +138,7 @@ class Plan:
     def __call__(self, overrides: list[str], console: Console) -> int:
         from distca.launch.plan import parse_mask, study
 
+        self._refuse()
         inputs = self._inputs(overrides)
         inputs = replace(inputs, rules=(parse_mask(self.mask, inputs.lengths),))
         directions = study(inputs, self.planner)
@@ -150,6 +151,19 @@ class Plan:
         if self.json:
             directions[0].write_json(self.json)
         return EXIT_OK
+
+    def _refuse(self) -> None:
+        counts = ("micro_batch", "context", "trainers", "tokens_per_trainer", "gpus_per_server")
+        for name in (*counts, "query_heads", "kv_heads", "head_dim", "group"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.query_heads % self.kv_heads:
+            raise SettingsError(f"{self.query_heads} query heads cannot share {self.kv_heads} key/value heads evenly")
+        if self.json and self.mask != "causal":
+            raise SettingsError("the plan's file holds causal plans only: leave --json or --mask out")
+        for path in (self.json, self.plot):
+            if path and not path.absolute().parent.is_dir():
+                raise SettingsError(f"{path}: there is no folder {path.absolute().parent}")
 
     def _inputs(self, overrides: list[str]) -> PlanInputs:
         if self.run:

@@ -16,7 +16,7 @@ from rich.table import Table
 from distca.cost import PairCost
 from distca.errors import SettingsError
 from distca.greedy import even_greedy_plan, greedy_plan
-from distca.masks import Mask, MaskRule, chunk_mask, prefix_mask, sink_mask
+from distca.masks import UNBOUNDED, Mask, MaskRule, chunk_mask, prefix_mask, sink_mask
 from distca.payoff import predicted
 from distca.plan import Plan, PlanInputs, Pool, imbalance, least_moved, make_pool
 from distca.planner import plan_step
@@ -88,7 +88,7 @@ def parse_mask(text: str, lengths: np.ndarray) -> MaskRule | Mask:
     """causal, window:N, sinks:S+window:N, prefix:N or chunk:N, in tokens; the same in every document."""
     found = re.fullmatch(r"causal|(?:sinks:(\d+)\+)?(window):(\d+)|(prefix|chunk):(\d+)", text)
     sinks, window, size, kind, other = found.groups() if found else [None] * 5
-    if not found or "0" in (size, other):
+    if not found or not all(0 < int(n) < UNBOUNDED for n in (size, other) if n):
         raise SettingsError(f"mask '{text}': say causal, window:N, sinks:S+window:N, prefix:N or chunk:N, in tokens")
     if sinks:
         return sink_mask(lengths, int(sinks), int(size))
@@ -183,8 +183,6 @@ class PlanStudy:
         k0, k1, server]. A group of ranks that is one server is one trainer here. Causal masks only: nothing in the
         format says another."""
         s, b, pool = self.plan.segments, self.plan.bands, self.plan.pool
-        if self.inputs.rules != (MaskRule(),):
-            raise SettingsError("the plan's file holds causal plans only: leave --json or --mask out")
         out = {
             "lengths": self.inputs.lengths.tolist(),
             "trainers": self.inputs.num_ranks // pool.ranks_per_home,

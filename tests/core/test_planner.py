@@ -116,11 +116,12 @@ def test_one_long_document_is_shared_within_the_tolerance(pool):
     assert len(plan.server) < 40 * len(pool), "tiles that lie side by side on one server are joined"
 
 
-@pytest.mark.parametrize("share", [1, 999_999, 10**10 + 7, 3 * 10**12])
+@pytest.mark.parametrize("share", [1, 999_999, 10**10 + 7, 3 * 10**15])
 @pytest.mark.parametrize("tolerance", [0, 10_000, NOTHING_MOVES])
 def test_limits_are_exact_however_much_is_tolerated(share, tolerance):
     """A share of 10^10 times the tolerance of a plan that moves nothing wrapped around, and work was moved."""
-    assert limits(share, Pool((3,), (0,)), tolerance).tolist() == [share + share * tolerance // MILLION]
+    limit = min(2 * share, share + share * tolerance // MILLION)
+    assert limits(2 * share, make_pool(2, 0, True), tolerance).tolist() == [limit, limit]
 
 
 def test_balanced_documents_stay_at_home():
@@ -346,6 +347,33 @@ def test_every_pool_is_even_in_a_kernels_time(pool, cost):
     plan = plan_step(PlanInputs(lengths, (MaskRule(),), ranks, pool, 10_000, 128, costs=(cost,)), MaskRule())
     plan.check_cover()
     assert plan.imbalance() <= 1.01
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+def test_nothing_is_planned_and_checked_too(lengths):
+    plan = plan_step(
+        PlanInputs(np.array(lengths, np.int64), (MaskRule(),), 2, make_pool(2, 1, True), 0, 16), MaskRule()
+    )
+    plan.check()
+    assert len(plan.server) == 0 and least_moved(plan, 4) == 0
+
+
+@pytest.mark.parametrize("column, change", [("start", 1), ("end", 1), ("row", 1), ("row", -1)])
+def test_segments_that_do_not_tile_are_noticed(column, change):
+    plan = plan_step(inputs_for([300, 200], 2, make_pool(2, 0, True), block=16), MaskRule())
+    moved = getattr(plan.segments, column).copy()
+    moved[-1] += change
+    with pytest.raises(AssertionError, match="tile|end to end|ranks hold"):
+        replace(plan, segments=replace(plan.segments, **{column: moved})).check()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_table_with_dear_small_tiles_makes_no_plan_worse_than_staying_at_home(seed):
+    """Where cutting costs much, the last unevenness had better stay."""
+    table = TableCost((128, 512, 2048), (128, 512, 2048), ((400, 900, 2900), (700, 2600, 11000), (2500, 10500, 47000)))
+    inputs = PlanInputs(heavy_tailed(4, 8_192, 8_192, seed), (MaskRule(),), 4, make_pool(4, 0, True), 10_000, 128)
+    plan = plan_step(replace(inputs, costs=(table,)), MaskRule())
+    assert predicted(plan) <= plan.load_at_home().max()
 
 
 @pytest.mark.parametrize(

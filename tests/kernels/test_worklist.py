@@ -55,12 +55,20 @@ def test_every_tile_has_one_item_per_head_and_most_work_comes_first(tasks, group
     assert (blocks[1:] <= 1.2 * blocks[:-1]).all(), "items are only out of order among those of nearly equal size"
 
 
-@settings(max_examples=100, deadline=None)
-@given(tasks=task_lists(), at=st.lists(st.integers(0, ROWS), max_size=3))
-def test_a_row_meets_its_keys_in_the_same_blocks_and_order_however_the_rows_are_cut(tasks, at):
+@settings(max_examples=150, deadline=None)
+@given(
+    tasks=task_lists(),
+    key_cuts=st.lists(st.integers(0, KEYS), max_size=3),
+    at=st.lists(st.integers(0, ROWS), max_size=3),
+    random=st.randoms(use_true_random=False),
+)
+def test_a_row_meets_its_keys_in_the_same_blocks_and_order_however_the_rows_are_cut(tasks, key_cuts, at, random):
+    """One band, its keys cut anywhere, so that bands share diagonals and blocks; listed in any order."""
+    band, edges = tasks[:1], [0, *sorted(key_cuts), KEYS]
+    tasks = Bands.of(*(r for a, b in zip(edges, edges[1:], strict=False) for r in cut(band, 0, ROWS, a, b).rows()))
     edges = [0, *sorted(at), ROWS]
-    pieces = [cut(tasks, a, b, 0, KEYS) for a, b in zip(edges, edges[1:], strict=False)]
-    recut = Bands.of(*(row for piece in pieces for row in piece.rows()))
+    pieces = [row for a, b in zip(edges, edges[1:], strict=False) for row in cut(tasks, a, b, 0, KEYS).rows()]
+    recut = Bands.of(*random.sample(pieces, len(pieces)))
 
     def seen(tasks: Bands) -> dict[int, list[int]]:
         keys = {q: [] for q in range(ROWS)}

@@ -121,5 +121,30 @@ def test_the_command_without_a_run_takes_settings_of_the_planner_alone(tmp_path,
     assert "only --planner.key" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--context", "0"], "--context 0: must be at least 1"),
+        (["--trainers", "-2"], "at least 1"),
+        (["--group", "0"], "at least 1"),
+        (["--query-heads", "30"], "cannot share 8"),
+        (["--json", "x.json", "--mask", "window:8"], "causal plans only"),
+        (["--plot", "nowhere/x.png"], "there is no folder"),
+        (["--planner.cost", "pair"], "pairs, row-blocks, or a file"),
+        (["--planner.wire.tflops", "5"], "without gb_per_s"),
+        (["--mask", "window:00"], "causal, window:N"),
+    ],
+)
+def test_what_cannot_be_studied_is_refused_in_a_sentence(flags, words, capsys):
+    assert run(["plan", "--trainers", "4", "--tokens-per-trainer", "4096", *flags]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+
+
+def test_documents_of_ten_million_tokens_are_studied(tmp_path):
+    (tmp_path / "lengths.json").write_text(json.dumps([10_000_000] + [1000] * 1000))
+    assert run(["plan", "--trainers", "4", "--lengths", str(tmp_path / "lengths.json")]) == 0
+
+
 def numbered_ids(lengths):
     return [[i % 64 for i in range(length)] for length in lengths]

@@ -5,6 +5,7 @@ interpreter keeps bf16 as 16-bit integers: left alone it would multiply those, a
 
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import cache
 from multiprocessing import get_context
 from unittest.mock import patch
@@ -42,6 +43,8 @@ def interpret() -> None:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    from distca.kernels import capability
+
     torch.set_num_threads(1)
     plain_cast, plain_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
@@ -61,6 +64,8 @@ def interpret() -> None:
         return plain_dot(self, widen(a), widen(b), *rest)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
+    row = capability.CAPABILITIES["triton", "cpu"]
+    capability.CAPABILITIES["triton", "cpu"] = replace(row, dtypes=(*row.dtypes, torch.bfloat16))
 
 
 def _nearest_bfloat16(x: np.ndarray) -> np.ndarray:
