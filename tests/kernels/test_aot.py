@@ -10,8 +10,12 @@ from distca.kernels.aot import SHARED_LIMIT, Build, builds, compile_for  # noqa:
 
 ALL = list(builds())
 MOST_USED = [b for b in ALL if (b.capability, b.head_dim, b.dtype, b.softcap) == (90, 128, torch.bfloat16, False)]
-# Triton version -> bytes of registers that do not fit, as recorded; 3.6 and 3.9 leave that many in the rarer variants
-STACK = {"3.6": {80: 88, 90: 88, 100: 88}, "3.7": {80: 0, 90: 0, 100: 8}, "3.9": {80: 88, 90: 88, 100: 88}}
+# most bytes of registers that do not fit, as recorded for each version of Triton: half precision per GPU, and float32
+STACK = {
+    "3.6": {80: 8, 90: 8, 100: 16, "float32": 264},
+    "3.7": {80: 0, 90: 0, 100: 8, "float32": 0},
+    "3.9": {80: 0, 90: 88, 100: 0, "float32": 272},
+}
 VERSION = ".".join(triton.__version__.split(".")[:2])
 RECORDED = pytest.mark.skipif(
     VERSION not in STACK, reason=f"would show what Triton {VERSION} makes of the kernels; nothing is recorded for it"
@@ -25,7 +29,7 @@ RECORDED = pytest.mark.skipif(
 def test_a_variant_compiles_fits_and_is_what_it_claims(build):
     variant, found = build.variant(), compile_for(build)
     assert found.shared <= SHARED_LIMIT[build.capability]
-    assert found.stack <= STACK[VERSION][build.capability]
+    assert found.stack <= STACK[VERSION]["float32" if build.dtype == torch.float32 else build.capability]
     assert found.specialized == variant.specialized, "Triton says nothing where it does not specialise"
     assert found.warps == variant.num_warps + (8 if variant.specialized else 0)  # 4 that load, 2 x 4 that multiply
     assert (found.tensor_core > 0) == (build.dtype != torch.float32 and build.kernel != "delta")
