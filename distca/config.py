@@ -218,9 +218,10 @@ class PlannerSettings(Settings):
 
 
 class KernelSettings(Settings):
-    backend: Literal["auto", "torch", "triton", "reference"] = "auto"
+    backend: Literal["auto", "torch", "triton", "flash", "reference"] = "auto"
     """`torch`: fused operators of PyTorch, any device; what `auto` takes. `triton`: our own kernels, one launch for all
-    tasks of a call, on CUDA. `reference`: plain and slow, computes everything DistCA knows."""
+    tasks of a call, on CUDA. `flash`: the FlashAttention 2 inside PyTorch, on CUDA in half precision; the last bits of
+    its gradients change from run to run. `reference`: plain and slow, computes everything DistCA knows."""
 
 
 class CheckpointSettings(Settings):

@@ -68,7 +68,7 @@ class Resources:
 
 def builds() -> Iterator[Build]:
     """Every variant that `variant_of` can choose, and head sizes that share one."""
-    kernels, sizes = tuple(KERNELS), (64, 128, 256)
+    kernels, sizes = ("forward", "dq", "dkdv"), (64, 128, 256)
     for size, softcap, kernel in product(sizes, (False, True), kernels):
         yield Build(kernel, 90, size, softcap=softcap)
     for capability, size, kernel in product((80, 100), sizes, kernels):
@@ -79,13 +79,16 @@ def builds() -> Iterator[Build]:
         yield Build(kernel, 90, size, torch.float32)
     for kernel in kernels:
         yield Build(kernel, 90, 128, torch.float16)
+    for capability, size in product((80, 90, 100), sizes):
+        yield Build("delta", capability, size)
 
 
 def compile_for(build: Build) -> Resources:
     """Compile for a GPU that need not be here, and read what the machine code takes."""
     variant, function = build.variant(), KERNELS[build.kernel]
-    constants = constants_of(variant, HEADS, GROUPS, build.head_dim, build.softcap)
     names = function.arg_names
+    constants = constants_of(variant, HEADS, GROUPS, build.head_dim, build.softcap)
+    constants = {name: value for name, value in constants.items() if name in names}
     types = {name: _type_of(name, build) for name in names if name not in constants}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if name.endswith("_ptr")}
     source = ASTSource(

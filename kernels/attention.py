@@ -10,6 +10,7 @@ import torch
 
 from distca.errors import Unsupported
 from distca.kernels.capability import refusal
+from distca.kernels.flash import attend_backward_flash, attend_flash
 from distca.kernels.merge import statistics_dtype
 from distca.kernels.reference import attend_backward_reference, attend_reference
 from distca.kernels.torch_blocks import attend_backward_torch, attend_torch
@@ -20,6 +21,7 @@ BACKENDS = {
     "reference": (attend_reference, attend_backward_reference),
     "torch": (attend_torch, attend_backward_torch),
     "triton": (attend_triton, attend_backward_triton),
+    "flash": (attend_flash, attend_backward_flash),
 }
 
 

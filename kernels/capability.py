@@ -26,6 +26,11 @@ def _interpreter() -> str | None:
     return _triton() or (None if interpreted else "Triton's interpreter, slow and for tests: TRITON_INTERPRET=1")
 
 
+def _flash() -> str | None:
+    built = torch.backends.cuda.is_flash_attention_available()
+    return None if built else "FlashAttention, which this PyTorch is built without"
+
+
 @dataclass(frozen=True, slots=True)
 class Capability:
     """What one back end can do on one kind of device."""
@@ -55,6 +60,7 @@ CAPABILITIES: dict[tuple[str, str], Capability] = {
     ("torch", "cuda"): Capability(FLOATS[1:], softcap=False, head_dim_step=8),
     ("triton", "cuda"): Capability(FLOATS[1:], softcap=True, head_dim_step=8, max_head_dim=256, missing=_triton),
     ("triton", "cpu"): Capability(FLOATS[1:], softcap=True, max_head_dim=256, missing=_interpreter),
+    ("flash", "cuda"): Capability(FLOATS[2:], softcap=False, head_dim_step=8, max_head_dim=256, missing=_flash),
     ("reference", "cpu"): Capability(FLOATS, softcap=True),
     ("reference", "cuda"): Capability(FLOATS, softcap=True),
 }

@@ -38,9 +38,3 @@ def add_sinks(out_SHD: torch.Tensor, lse_SH: torch.Tensor, sinks_H: torch.Tensor
 def sinks_gradient(lse_SH: torch.Tensor, delta_SH: torch.Tensor, sinks_H: torch.Tensor) -> torch.Tensor:
     """(H,) gradient of the sinks, from the lse and delta of rows that `add_sinks` has been applied to."""
     return -((sinks_H.to(lse_SH.dtype) - lse_SH).exp() * delta_SH).sum(0)
-
-
-def delta_of(out_SHD: torch.Tensor, d_out_SHD: torch.Tensor) -> torch.Tensor:
-    """rowsum(d_out * out), (S, H) in the statistics dtype: what backward subtracts from every dP of a row."""
-    stats = statistics_dtype(out_SHD.dtype)
-    return (out_SHD.to(stats) * d_out_SHD.to(stats)).sum(-1)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from distca.kernels.delta import out_with_delta
 from distca.kernels.merge import merge, statistics_dtype
 from distca.masks import Bands, cut, tighten
 
@@ -107,7 +108,7 @@ def attend_backward_torch(
     if q_SHD.device.type == "cpu":  # its bf16 backward takes as long as float32's on long documents, 4 times on short
         q_SHD, k_CGD, v_CGD, d_out_SHD = (x.to(stats) for x in (q_SHD, k_CGD, v_CGD, d_out_SHD))
     dq_SHD, dk_CGD, dv_CGD = (torch.zeros_like(x, dtype=stats) for x in (q_SHD, k_CGD, v_CGD))
-    saved = (q_SHD, lse_SH, d_out_SHD, _out_with_delta(d_out_SHD, delta_SH), dq_SHD)
+    saved = (q_SHD, lse_SH, d_out_SHD, out_with_delta(d_out_SHD, delta_SH), dq_SHD)
     q_GRSD, lse_GRS, do_GRSD, out_GRSD, dq_GRSD = (_group_first(x, num_groups) for x in saved)
     k_GRCD, v_GRCD = (_shared_by(x, q_GRSD.shape[1]) for x in (k_CGD, v_CGD))
     for tile in tiles(tasks):
@@ -161,18 +162,6 @@ def _group_first(x_SH: torch.Tensor, num_groups: int) -> torch.Tensor:
 def _shared_by(x_CGD: torch.Tensor, num_sharing: int) -> torch.Tensor:
     """A view: (C, G, D) -> (G, R, C, D) with stride 0 along R."""
     return x_CGD.transpose(0, 1)[:, None].expand(-1, num_sharing, -1, -1)
-
-
-def _out_with_delta(d_out_SHD: torch.Tensor, delta_SH: torch.Tensor) -> torch.Tensor:
-    """A stand-in for the final output: the multiple of d_out with rowsum(d_out * out) = delta.
-
-    The operators use `out` for nothing else, and this spares sending it to the servers. It is the projection of
-    out on d_out, so never longer than out; its row sum has terms of one sign, so rounding to bf16 costs it little."""
-    wide_SHD = d_out_SHD.to(delta_SH.dtype)
-    top_SH1 = wide_SHD.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta_SH.dtype).tiny)
-    unit_SHD = wide_SHD / top_SH1  # so that the squares of tiny gradients do not vanish
-    length_SH1 = torch.linalg.vector_norm(unit_SHD, dim=-1, keepdim=True).clamp_min(1.0)  # 0 where d_out is 0
-    return unit_SHD.mul_(delta_SH[..., None] / top_SH1 / length_SH1.square()).to(d_out_SHD.dtype)
 
 
 def _mask(tile: Tile, like: torch.Tensor) -> torch.Tensor | None:

@@ -115,8 +115,10 @@ INTERPRETER = {"forward": Variant(128, 128, 4, 1), "dq": Variant(128, 64, 4, 1),
 def variant_of(
     kernel: str, head_dim: int, dtype: torch.dtype, softcap: bool, capability: tuple[int, int] | None, triton: str
 ) -> Variant:
-    """How to compile `kernel` ("forward", "dq" or "dkdv") for a GPU of this compute capability (None: the interpreter)
-    with this version of Triton: the one place where that is decided."""
+    """How to compile `kernel` ("forward", "dq", "dkdv" or "delta") for a GPU of this compute capability (None: the
+    interpreter) with this version of Triton: the one place where that is decided."""
+    if kernel == "delta":  # reads memory once and computes next to nothing, on every GPU
+        return Variant(4096 // block_d(head_dim), 1, 4, 1)
     if capability is None:
         return INTERPRETER[kernel]
     size = max(64, block_d(head_dim))

@@ -6,6 +6,7 @@ its results in registers and stores them once; no atomics, so the same list give
     forward   tile of queries, blocks of keys    p = exp(s - running maximum)           out = sum p v / sum p
     dq        tile of queries, blocks of keys    p = exp(s - lse), ds = p (dp - delta)  dq = sum ds k
     dk, dv    tile of keys, blocks of queries    the same, transposed                   dk = sum ds^T q, dv = sum p^T do
+    delta     tile of queries, no list                                                  delta = rowsum(do * out)
 
 A program of dk, dv goes over all query heads that share its key head, so heads are neither copied nor added up after.
 
@@ -311,4 +312,16 @@ def dkdv_kernel(
     _store(dv_ptr, b_dv, i_k, num_keys, i_group, G, D, BLOCK_D, BLOCK_K)
 
 
-KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
+@triton.jit(do_not_specialize=["num_lines"])
+def delta_kernel(
+    out_ptr, d_out_ptr, delta_ptr, num_lines, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr
+):
+    # a line is one head of one row
+    o_line, o_d = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    o_x, here = o_line[:, None] * D + o_d[None, :], (o_line < num_lines)[:, None] & (o_d < D)[None, :]
+    b_out = tl.load(out_ptr + o_x, mask=here, other=0.0).to(tl.float32)  # (BLOCK_Q, BLOCK_D)
+    b_do = tl.load(d_out_ptr + o_x, mask=here, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + o_line, tl.sum(b_out * b_do, axis=1), mask=o_line < num_lines)
+
+
+KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel, "delta": delta_kernel}

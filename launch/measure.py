@@ -29,7 +29,7 @@ from distca.errors import SettingsError
 from distca.hardware import HardwareTable, Speed, TileFit
 from distca.kernels.attention import attend, attend_backward
 from distca.kernels.capability import refusal
-from distca.kernels.merge import delta_of
+from distca.kernels.delta import delta_of
 from distca.kernels.worklist import work_list
 from distca.launch.plan import draw_lengths
 from distca.masks import UNBOUNDED, Bands, MaskRule

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from distca.kernels.merge import delta_of, merge, statistics_dtype
+from distca.kernels.delta import delta_of
+from distca.kernels.merge import merge, statistics_dtype
 from distca.masks import MaskRule
 from distca.parallel.link import (
     BACKWARD,

@@ -12,7 +12,7 @@ from distca.masks import Bands
 PLAIN = {"head_dim": 64, "dtype": torch.bfloat16, "softcap": 0.0, "device_type": "cpu"}
 
 
-@pytest.mark.parametrize("backend, device_type", sorted({*CAPABILITIES} - {("triton", "cpu")}))
+@pytest.mark.parametrize("backend, device_type", sorted({*CAPABILITIES} - {("triton", "cpu"), ("flash", "cuda")}))
 def test_plain_attention_is_refused_by_no_back_end(backend, device_type):
     assert refusal(backend, **PLAIN | {"device_type": device_type}) is None
 

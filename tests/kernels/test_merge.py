@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from distca.kernels.attention import attend, attend_backward
-from distca.kernels.merge import add_sinks, delta_of, merge, sinks_gradient, statistics_dtype
+from distca.kernels.delta import delta_of
+from distca.kernels.merge import add_sinks, merge, sinks_gradient
 from distca.masks import UNBOUNDED, Bands
 
 INF = torch.inf
@@ -40,14 +41,6 @@ def test_merge_leaves_its_inputs_alone():
     copies = [x.clone() for x in inputs]
     merge(*inputs)
     assert all(torch.equal(x, y) for x, y in zip(inputs, copies, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_delta_is_summed_in_the_statistics_dtype(dtype):
-    out, d_out = torch.randn(6, 3, 64).to(dtype), torch.randn(6, 3, 64).to(dtype)
-    delta = delta_of(out, d_out)
-    assert delta.dtype == statistics_dtype(dtype)
-    torch.testing.assert_close(delta.double(), (out.double() * d_out.double()).sum(-1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

@@ -6,21 +6,26 @@ test_attention.py; what a GPU's compiler makes of the kernels is in test_aot.py.
 import pytest
 import torch
 from interpreter import interpreted, run_as_on
-from problems import ALL, CASES, NONE, Problem, joined, pieces_of, run_in_nan_memory
+from problems import (
+    ALL,
+    CASES,
+    NAMES,
+    NONE,
+    Problem,
+    assert_as_good_as_plain,
+    finite,
+    joined,
+    pieces_of,
+    run_in_nan_memory,
+)
 
-from distca.kernels.merge import delta_of, merge
+from distca.kernels.delta import delta_of, delta_triton
+from distca.kernels.merge import merge
 from distca.masks import Bands, cut
 
 LARGE = [name for name in CASES if "large" in name or "wider" in name or "698" in name]
 SMALL = [name for name in CASES if name not in LARGE]
 MIXED = ["short documents", "rows 300 to 428 of a document", "sinks and a window", "a row in two key splits"]
-NAMES = ("out", "lse", "dq", "dk", "dv")
-
-
-def finite(x: torch.Tensor) -> torch.Tensor:
-    """Infinities, which must be where the truth has them, as 0."""
-    assert not x.isnan().any()
-    return x.double().nan_to_num(0.0, 0.0, 0.0)
 
 
 def assert_exact(found: list[torch.Tensor], problem: Problem, bound: float = 2e-6) -> None:
@@ -30,13 +35,6 @@ def assert_exact(found: list[torch.Tensor], problem: Problem, bound: float = 2e-
         size = finite(y).norm()
         size = size if size > 1e-9 else finite(problem.d_out).norm()  # one key has no gradient
         assert (finite(x) - finite(y)).norm() <= bound * size, name
-
-
-def assert_as_good_as_plain(found: list[torch.Tensor], problem: Problem) -> None:
-    truth, plain = problem.to(torch.float64).dense(), problem.dense(problem.q.dtype)
-    for name, x, y, z in zip(NAMES, found, plain, truth, strict=True):
-        ours, theirs = (finite(x) - finite(z)).norm(), (finite(y) - finite(z)).norm()
-        assert ours <= 2 * theirs + 1e-6, f"{name}: error {ours:.3g}, plain attention's {theirs:.3g}"
 
 
 @pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
@@ -196,3 +194,20 @@ def test_a_gpu_gives_the_same_bits_a_thousand_times(head_dim):
     first = problem.run("triton")
     for _ in range(1000):
         assert all(torch.equal(x, y) for x, y in zip(problem.run("triton"), first, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(70, 3, 80), (5, 2, 256), (1, 1, 8), (0, 2, 64)], ids=str)
+def test_delta_is_that_of_pytorch(shape, dtype):
+    out, d_out = (torch.randn(shape).to(dtype) for _ in range(2))
+    strided = d_out.transpose(0, 1).contiguous().transpose(0, 1)
+    found = interpreted(delta_triton, out, strided)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), (out.double() * d_out.double()).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="would show that delta comes from our kernel on a GPU")
+def test_a_gpu_computes_delta():
+    out, d_out = (torch.randn(999, 8, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    torch.testing.assert_close(delta_of(out, d_out).double(), (out.double() * d_out.double()).sum(-1))

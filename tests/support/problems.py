@@ -8,10 +8,12 @@ from masks_painted import count
 from nan_memory import nan_memory
 
 from distca.kernels.attention import attend, attend_backward
-from distca.kernels.merge import delta_of, statistics_dtype
+from distca.kernels.delta import delta_of
+from distca.kernels.merge import statistics_dtype
 from distca.masks import UNBOUNDED, Bands, cut
 
 ALL, NONE = UNBOUNDED, -UNBOUNDED
+NAMES = ("out", "lse", "dq", "dk", "dv")
 HEADS = [(1, 1), (4, 1), (7, 1), (7, 7), (8, 2)]
 
 
@@ -76,6 +78,19 @@ def run_in_nan_memory(problem: Problem, backend: str) -> list[torch.Tensor]:
     """`problem.run`, where what it forgets to write stays nan."""
     with nan_memory():
         return problem.run(backend)
+
+
+def finite(x: torch.Tensor) -> torch.Tensor:
+    """Infinities, which must be where the truth has them, as 0."""
+    assert not x.isnan().any()
+    return x.double().nan_to_num(0.0, 0.0, 0.0)
+
+
+def assert_as_good_as_plain(found: list[torch.Tensor], problem: Problem) -> None:
+    truth, plain = problem.to(torch.float64).dense(), problem.dense(problem.q.dtype)
+    for name, x, y, z in zip(NAMES, found, plain, truth, strict=True):
+        ours, theirs = (finite(x) - finite(z)).norm(), (finite(y) - finite(z)).norm()
+        assert ours <= 2 * theirs + 1e-6, f"{name}: error {ours:.3g}, plain attention's {theirs:.3g}"
 
 
 def causal(*lengths: int) -> Bands:

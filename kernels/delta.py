@@ -1,0 +1,59 @@
+"""What does backward subtract from every dP of a row? delta = rowsum(d_out * out), of the row's final output.
+
+It is computed where the output is, and sent in its place; a fused operator that asks for `out` gets one that has it.
+"""
+
+# Shape suffixes: S rows, H query heads, D head size.
+
+from importlib.util import find_spec
+
+import torch
+
+from distca.kernels.merge import statistics_dtype
+
+
+def delta_of(out_SHD: torch.Tensor, d_out_SHD: torch.Tensor) -> torch.Tensor:
+    """delta_SH in the statistics dtype."""
+    stats = statistics_dtype(out_SHD.dtype)
+    if out_SHD.device.type == "cuda" and stats == torch.float32 and find_spec("triton"):
+        return delta_triton(out_SHD, d_out_SHD)
+    return (out_SHD.to(stats) * d_out_SHD.to(stats)).sum(-1)
+
+
+def delta_triton(out_SHD: torch.Tensor, d_out_SHD: torch.Tensor) -> torch.Tensor:
+    """The same in float32, in one pass: what PyTorch would write and read again, the widened product, stays inside."""
+    import triton  # here, so that a machine without Triton can import this file
+
+    from distca.kernels.triton_attention import block_d, variant_of
+    from distca.kernels.triton_kernels import KERNELS
+
+    head_dim, on_gpu = out_SHD.shape[-1], out_SHD.device.type == "cuda"
+    delta_SH = torch.empty(out_SHD.shape[:2], dtype=torch.float32, device=out_SHD.device)
+    variant = variant_of("delta", head_dim, out_SHD.dtype, False, None, triton.__version__)
+    programs = triton.cdiv(delta_SH.numel(), variant.block_q)
+    if not programs:
+        return delta_SH
+    with torch.cuda.device(out_SHD.device if on_gpu else -1):
+        KERNELS["delta"][(programs,)](
+            out_SHD.contiguous(),
+            d_out_SHD.contiguous(),
+            delta_SH,
+            delta_SH.numel(),
+            D=head_dim,
+            BLOCK_D=block_d(head_dim),
+            BLOCK_Q=variant.block_q,
+            num_warps=variant.num_warps,
+        )
+    return delta_SH
+
+
+def out_with_delta(d_out_SHD: torch.Tensor, delta_SH: torch.Tensor) -> torch.Tensor:
+    """A stand-in for the final output: the multiple of d_out with rowsum(d_out * out) = delta.
+
+    PyTorch's operators use `out` for nothing else, and this spares sending it to the servers. It is the projection of
+    out on d_out, so never longer than out; its row sum has terms of one sign, so rounding to bf16 costs it little."""
+    wide_SHD = d_out_SHD.to(delta_SH.dtype)
+    top_SH1 = wide_SHD.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta_SH.dtype).tiny)
+    unit_SHD = wide_SHD / top_SH1  # so that the squares of tiny gradients do not vanish
+    length_SH1 = torch.linalg.vector_norm(unit_SHD, dim=-1, keepdim=True).clamp_min(1.0)  # 0 where d_out is 0
+    return unit_SHD.mul_(delta_SH[..., None] / top_SH1 / length_SH1.square()).to(d_out_SHD.dtype)
