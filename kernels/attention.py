@@ -37,7 +37,7 @@ def attend(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out_SHD in the inputs' dtype and lse_SH in the statistics dtype; autograd does not see it."""
-    _check_inputs(q_SHD, k_CGD, v_CGD, tasks)
+    _check_inputs(q_SHD, k_CGD, v_CGD, tasks, scale, softcap)
     _check_capability(q_SHD, softcap, backend)
     forward, _ = BACKENDS[backend]
     return forward(q_SHD, k_CGD, v_CGD, tasks, scale=scale, softcap=softcap)
@@ -58,14 +58,19 @@ def attend_backward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq_SHD, dk_CGD, dv_CGD: these tasks' share of the gradients, given the final lse and delta of their rows."""
-    _check_inputs(q_SHD, k_CGD, v_CGD, tasks)
+    _check_inputs(q_SHD, k_CGD, v_CGD, tasks, scale, softcap)
     _check_like_q(q_SHD, lse_SH, delta_SH, d_out_SHD)
     _check_capability(q_SHD, softcap, backend)
     _, backward = BACKENDS[backend]
     return backward(q_SHD, k_CGD, v_CGD, lse_SH, delta_SH, d_out_SHD, tasks, scale=scale, softcap=softcap)
 
 
-def _check_inputs(q_SHD: torch.Tensor, k_CGD: torch.Tensor, v_CGD: torch.Tensor, tasks: Bands) -> None:
+def _check_inputs(
+    q_SHD: torch.Tensor, k_CGD: torch.Tensor, v_CGD: torch.Tensor, tasks: Bands, scale: float, softcap: float
+) -> None:
+    assert scale > 0 and softcap >= 0, (
+        f"scale {scale}, softcap {softcap}: want a positive scale, and no negative softcap"
+    )
     assert q_SHD.ndim == k_CGD.ndim == 3, (
         f"q {tuple(q_SHD.shape)}, k {tuple(k_CGD.shape)}: want (rows, heads, head size)"
     )

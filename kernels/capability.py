@@ -59,7 +59,8 @@ CAPABILITIES: dict[tuple[str, str], Capability] = {
     ("torch", "cpu"): Capability(FLOATS, softcap=False),
     ("torch", "cuda"): Capability(FLOATS[1:], softcap=False, head_dim_step=8),
     ("triton", "cuda"): Capability(FLOATS[1:], softcap=True, head_dim_step=8, max_head_dim=256, missing=_triton),
-    ("triton", "cpu"): Capability(FLOATS[1:], softcap=True, max_head_dim=256, missing=_interpreter),
+    # the interpreter multiplies bf16 numbers as if they were integers, and says nothing
+    ("triton", "cpu"): Capability((torch.float32, torch.float16), softcap=True, max_head_dim=256, missing=_interpreter),
     ("flash", "cuda"): Capability(FLOATS[2:], softcap=False, head_dim_step=8, max_head_dim=256, missing=_flash),
     ("reference", "cpu"): Capability(FLOATS, softcap=True),
     ("reference", "cuda"): Capability(FLOATS, softcap=True),

@@ -15,6 +15,7 @@ Kernels run on CUDA, and on a CPU in Triton's interpreter (TRITON_INTERPRET=1), 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -74,7 +75,7 @@ def attend_backward_triton(
     dq_SHD, dk_CGD, dv_CGD = (torch.empty_like(x) for x in (q_SHD, k_CGD, v_CGD))
     # kernels read both along rows; descriptors want lines of 16 bytes
     lse2_HS, delta_HS = (F.pad(x.T, (0, -len(x) % 4)).contiguous() for x in (lse_SH * LOG2E, delta_SH))
-    saved = dict(lse2_ptr=lse2_HS, delta_ptr=delta_HS, d_out_ptr=d_out_SHD, stride=lse2_HS.stride(0))
+    saved = dict(lse2_ptr=lse2_HS, delta_ptr=delta_HS, d_out_ptr=d_out_SHD, stride=lse2_HS.shape[1])
     _launch("dq", q_SHD, k_CGD, v_CGD, tasks, scale, softcap, **saved, dq_ptr=dq_SHD)
     _launch("dkdv", q_SHD, k_CGD, v_CGD, tasks, scale, softcap, **saved, dk_ptr=dk_CGD, dv_ptr=dv_CGD)
     return dq_SHD, dk_CGD, dv_CGD
@@ -178,7 +179,7 @@ def _launch(
     if not programs:
         return
     triton.set_allocator(_allocate)  # of this thread; kernels that make descriptors need it
-    with torch.cuda.device(q_SHD.device if on_gpu else -1):
+    with torch.cuda.device(q_SHD.device) if on_gpu else nullcontext():
         triton_kernels.KERNELS[kernel][(programs,)](
             q_ptr=q_SHD,
             k_ptr=k_CGD,
@@ -196,7 +197,7 @@ def _launch(
         )
 
 
-@lru_cache(maxsize=16)  # a micro-batch's layers share their tasks
+@lru_cache(maxsize=64)  # a micro-batch's layers share their tasks
 def _list_on(
     device: torch.device, kernel: str, columns: bytes, num_rows: int, num_keys: int, num_groups: int, variant: Variant
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -285,8 +285,9 @@ def dkdv_kernel(
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     i_entry = first_entry
+    per_head = tl.maximum(num_blocks, 1)  # a loop over nothing may still be prepared
     for step in tl.range(0, num_blocks * (H // G), num_stages=STAGES, warp_specialize=SPECIALIZED):
-        i_head, n = i_group * (H // G) + step // num_blocks, step % num_blocks
+        i_head, n = i_group * (H // G) + step // per_head, step % per_head
         i_entry, block = _advance(entries_ptr, tl.where(n == 0, first_entry, i_entry), n)
         entry_ptr, i_q = entries_ptr + 8 * i_entry, block * BLOCK_Q
         row0, row1 = tl.load(entry_ptr + 4), tl.load(entry_ptr + 5)
@@ -307,6 +308,8 @@ def dkdv_kernel(
         b_ds = b_p * (b_dp - b_delta[None, :])
         if SOFTCAP:
             b_ds *= 1.0 - b_bent * b_bent
+        if not DESCRIBED:  # keys of no task may be nan, which 0 does not cancel
+            b_ds = tl.where(seen, b_ds, 0.0)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     _store(dk_ptr, b_dk * scale, i_k, num_keys, i_group, G, D, BLOCK_D, BLOCK_K)
     _store(dv_ptr, b_dv, i_k, num_keys, i_group, G, D, BLOCK_D, BLOCK_K)

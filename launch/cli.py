@@ -228,7 +228,7 @@ class Measure:
     longest: int = 32768
     """Most keys that a timed row sees."""
     minutes: float = 8.0
-    """Time to spend; what does not fit is left out."""
+    """Time to spend on the table; its longest keys are left out if they do not fit. Comparisons come on top."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
         from distca.hardware import write_hardware

@@ -9,6 +9,8 @@ own operators on the same rows.
 
 from __future__ import annotations
 
+import inspect
+import logging
 import platform
 import statistics
 import time
@@ -22,7 +24,6 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 
 from distca.cost import AttentionShape
 from distca.errors import SettingsError
@@ -39,6 +40,7 @@ from distca.routes import routes_of
 
 # Shape suffixes: S query rows, C key rows, H query heads, G key/value heads, D head size.
 
+logger = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TILE = 128
 REPEATS = 5  # the median counts
@@ -67,9 +69,10 @@ def measure_kernels(
     clock, until = _Clock(backend, device, shape, DTYPES[dtype]), time.perf_counter() + seconds
     keys = [TILE * 4**n for n in range(12) if TILE * 4**n <= longest]
     rows = [size for size in keys if size <= MOST_ROWS]
-    columns, lists, calls = [], [], []
+    columns, lists, calls, took = [], [], [], 0.0
     for num_keys in keys:
-        if time.perf_counter() > until and len(columns) > 1:
+        start = time.perf_counter()
+        if len(columns) > 1 and start + 4 * took > until:  # 4 times the keys
             break
         columns.append([])
         for num_rows in rows:
@@ -77,6 +80,7 @@ def measure_kernels(
             calls.append(clock.attend(bands))
             lists.append(bands)
             columns[-1].append([s / copies for s in calls[-1]])
+        took = time.perf_counter() - start
     seconds_RK2 = np.array(columns).transpose(1, 0, 2)
     return HardwareTable(
         device=torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
@@ -95,7 +99,7 @@ def measure_kernels(
         fit={
             name: fit(lists, [call[i] for call in calls], query_heads) for i, name in enumerate(("forward", "backward"))
         },
-        speeds=dict(_comparisons(clock, min(longest, MOST_ROWS))),
+        speeds=dict(_comparisons(clock, min(keys[len(columns) - 1], MOST_ROWS))),
     )
 
 
@@ -104,7 +108,8 @@ def fit(lists: list[Bands], seconds: list[float], query_heads: int) -> TileFit:
     work = [work_list(bands, int(bands.q1.max()), query_heads, TILE, TILE) for bands in lists]
     counts = np.array([[len(w.items), w.num_blocks()] for w in work], float) / np.array(seconds)[:, None]
     both = np.linalg.lstsq(counts, np.ones(len(seconds)), rcond=None)[0]
-    single = [np.array([1 / counts[:, 0].mean(), 0.0]), np.array([0.0, 1 / counts[:, 1].mean()])]
+    least = counts.sum(0) / (counts**2).sum(0)  # of each alone
+    single = [np.array([least[0], 0.0]), np.array([0.0, least[1]])]
     candidates = [both] if (both >= 0).all() else single
     error, cost = min((float(np.sqrt(np.mean((counts @ c - 1) ** 2))), tuple(c.tolist())) for c in candidates)
     return TileFit(tile_s=cost[0], block_s=cost[1], error=error)
@@ -183,7 +188,8 @@ class _Clock:
 
 
 def _comparisons(clock: _Clock, length: int) -> Iterator[tuple[str, Speed]]:
-    """One causal document, packed documents and a server's call as planned; then PyTorch on the same."""
+    """One causal document, packed documents and a server's call as planned; then PyTorch on the same, as far as it can
+    be had here."""
     one = np.array([length])
     packed = draw_lengths("heavy-tail", length, max(length, ROWS_PER_CALL[clock.device]), seed=0)
     ours = {
@@ -193,16 +199,22 @@ def _comparisons(clock: _Clock, length: int) -> Iterator[tuple[str, Speed]]:
     }
     for name, bands in ours.items():
         yield name, clock.speed(int(bands.area().sum()), clock.attend(bands))
-    for name, operator in DENSE[clock.device].items():
-        yield f"{name}, a causal document", clock.speed(_pairs(one), _dense(clock, length, operator))
+    theirs = {f"{name}, a causal document": (_dense, one, op) for name, op in DENSE[clock.device].items()}
     if clock.device == "cuda":
         for name, lengths in (("a causal document", one), ("packed documents", packed)):
-            yield f"FlashAttention 2 varlen, {name}", clock.speed(_pairs(lengths), _varlen(clock, lengths))
-            yield f"FlexAttention, {name}", clock.speed(_pairs(lengths), _flex(clock, lengths))
+            theirs |= {
+                f"FlashAttention 2 varlen, {name}": (_varlen, lengths),
+                f"FlexAttention, {name}": (_flex, lengths),
+            }
+    for name, (operator, lengths, *options) in theirs.items():
+        try:
+            yield name, clock.speed(_pairs(lengths), operator(clock, lengths, *options))
+        except (RuntimeError, TypeError, ImportError) as error:  # not for this dtype, head size or version of PyTorch
+            logger.warning("left out: %s: %s", name, str(error).partition("\n")[0])
 
 
-def _dense(clock: _Clock, length: int, operator: SDPBackend) -> tuple[float, float]:
-    s = clock.shape
+def _dense(clock: _Clock, lengths: np.ndarray, operator: SDPBackend) -> tuple[float, float]:
+    s, (length,) = clock.shape, lengths.tolist()
     q, k, v = (clock.rows(1, heads, length, s.head_dim) for heads in (s.query_heads, s.kv_heads, s.kv_heads))
     with sdpa_kernel(operator):
         attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
@@ -210,12 +222,16 @@ def _dense(clock: _Clock, length: int, operator: SDPBackend) -> tuple[float, flo
 
 
 def _varlen(clock: _Clock, lengths: np.ndarray) -> tuple[float, float]:
+    from torch.nn.attention.varlen import varlen_attn  # newer than the oldest PyTorch that the rest works with
+
+    # where the keyword is missing, heads are shared without it
+    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     s, most = clock.shape, int(lengths.max())
     ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=clock.device)
     q, k, v = (clock.rows(int(lengths.sum()), heads, s.head_dim) for heads in (s.query_heads, s.kv_heads, s.kv_heads))
 
     def attend(q, k, v):
-        return varlen_attn(q, k, v, ends, ends, most, most, window_size=(-1, 0), enable_gqa=True)
+        return varlen_attn(q, k, v, ends, ends, most, most, window_size=(-1, 0), **gqa)
 
     return clock.differentiate(attend, q, k, v)
 
@@ -227,8 +243,8 @@ def _flex(clock: _Clock, lengths: np.ndarray) -> tuple[float, float]:
     def sees(_batch, _head, row, key):
         return (row >= key) & (document[row] == document[key])
 
-    mask = create_block_mask(sees, None, None, total, total, device=clock.device, _compile=True)
-    compiled = torch.compile(flex_attention)
+    mask = torch.compile(create_block_mask)(sees, None, None, total, total, device=clock.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
     q, k, v = (clock.rows(1, heads, total, s.head_dim) for heads in (s.query_heads, s.kv_heads, s.kv_heads))
     return clock.differentiate(lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True), q, k, v)
 

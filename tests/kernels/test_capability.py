@@ -19,10 +19,12 @@ def test_plain_attention_is_refused_by_no_back_end(backend, device_type):
 
 def test_triton_needs_its_interpreter_on_a_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    sentence = refusal("triton", **PLAIN)
+    single = PLAIN | {"dtype": torch.float32}
+    sentence = refusal("triton", **single)
     assert "interpreter" in sentence and "TRITON_INTERPRET=1" in sentence and "kernels.backend: torch" in sentence
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert refusal("triton", **PLAIN) is None
+    assert refusal("triton", **single) is None
+    assert "float32, float16" in refusal("triton", **PLAIN), "the interpreter computes bf16 wrongly"
 
 
 def test_a_missing_triton_is_said(monkeypatch):

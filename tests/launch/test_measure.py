@@ -1,5 +1,6 @@
 """`distca measure kernels` writes a table that reads back, and its two costs predict the calls they came from."""
 
+import numpy as np
 import pytest
 
 from distca.errors import EXIT_OK, EXIT_SETTINGS
@@ -27,6 +28,9 @@ def test_a_cost_is_never_negative():
     lists = [shard(128, keys) for keys in (128, 256, 512)]
     found = fit(lists, [1.0, 3.0, 7.0], 1)
     assert found.tile_s >= 0 and found.block_s > 0 and found.error > 0.1
+    counts = np.array([1.0, 2.0, 4.0])  # blocks
+    for cost in (0.99 * found.block_s, 1.01 * found.block_s):
+        assert np.sqrt(np.mean((cost * counts / np.array([1.0, 3.0, 7.0]) - 1) ** 2)) > found.error
 
 
 def test_the_command_times_the_torch_back_end_on_a_cpu(tmp_path, monkeypatch, capsys):
@@ -60,3 +64,19 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(tmp_path, monkeypatch,
     assert cli.run(["measure", "kernels", str(tmp_path / "x.yaml"), *options]) == EXIT_SETTINGS
     assert words in capsys.readouterr().err
     assert not (tmp_path / "x.yaml").exists()
+
+
+def test_an_operator_that_pytorch_does_not_have_leaves_the_table_whole(tmp_path, monkeypatch, caplog):
+    def missing(*_):
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(measure, "REPEATS", 1)
+    monkeypatch.setattr(measure, "_dense", missing)
+    command = ["measure", "kernels", str(tmp_path / "x.yaml"), "--heads", "2", "1", "16", "--longest", "512"]
+    assert cli.run([*command, "--dtype", "fp32"]) == EXIT_OK
+    assert set(read_hardware(tmp_path / "x.yaml").speeds) == {
+        "a causal document",
+        "packed documents",
+        "a server's call as planned",
+    }
+    assert "left out: SDPA, CPU" in caplog.text
