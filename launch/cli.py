@@ -235,15 +235,9 @@ class Measure:
         from distca.launch.measure import measure_kernels, table_of
 
         _refuse_overrides("measure", overrides)
-        times = measure_kernels(
-            self.backend,
-            self.device,
-            self.heads,
-            self.dtype,
-            self.longest,
-            60 * self.minutes,
-            " ".join(["distca", *sys.argv[1:]]),
-        )
+        shape, command = (self.heads, self.dtype, self.longest, 60 * self.minutes), " ".join(sys.argv)
+        with console.status("") as status:
+            times = measure_kernels(self.backend, self.device, *shape, command, status.update)
         write_hardware(self.out, times)
         console.print(table_of(times))
         console.print(f"written to {self.out}", highlight=False)

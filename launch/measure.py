@@ -54,9 +54,17 @@ DENSE = {
 
 
 def measure_kernels(
-    backend: str, device: str, heads: tuple[int, int, int], dtype: str, longest: int, seconds: float, command: str
+    backend: str,
+    device: str,
+    heads: tuple[int, int, int],
+    dtype: str,
+    longest: int,
+    seconds: float,
+    command: str,
+    say: Callable[[str], None] = lambda text: None,
 ) -> HardwareTable:
-    """Time the grid in at most about `seconds`, leaving out its longest keys if need be; then the comparisons."""
+    """Time the grid in at most about `seconds`, leaving out its longest keys if need be; then the comparisons. `say`
+    hears what is being timed."""
     query_heads, kv_heads, head_dim = heads
     sentence = refusal(backend, head_dim=head_dim, dtype=DTYPES[dtype], softcap=0.0, device_type=device)
     if sentence:
@@ -76,11 +84,13 @@ def measure_kernels(
             break
         columns.append([])
         for num_rows in rows:
+            say(f"timing tiles of {num_rows:,} rows x {num_keys:,} keys")
             bands, copies = _full_tiles(num_rows, num_keys, device)
             calls.append(clock.attend(bands))
             lists.append(bands)
             columns[-1].append([s / copies for s in calls[-1]])
         took = time.perf_counter() - start
+    say("timing whole documents, and PyTorch's operators")
     seconds_RK2 = np.array(columns).transpose(1, 0, 2)
     return HardwareTable(
         device=torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
