@@ -182,6 +182,9 @@ class WireSettings(Settings):
     has it."""
 
 
+FORMULAS = ("pairs", "row-blocks")  # of planner.cost; anything else is a file
+
+
 class PlannerSettings(Settings):
     tolerance: float = Field(0.02, ge=0, le=1)
     """A server's load may exceed its fair share by this fraction, where a cut of `block` rows allows it."""
@@ -200,7 +203,7 @@ class PlannerSettings(Settings):
 
     @model_validator(mode="after")
     def _speeds_are_comparable(self) -> PlannerSettings:
-        formula = self.cost in ("pairs", "row-blocks")
+        formula = self.cost in FORMULAS
         if not self.wire.gb_per_s and self.wire != WireSettings():
             raise ValueError("wire: without gb_per_s its other settings say nothing")
         if self.wire.gb_per_s and formula and not self.wire.tflops:

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from distca.config import PlannerSettings
+from distca.config import FORMULAS, PlannerSettings
 from distca.cost import PICOSECONDS, AttentionShape, Cost, PairCost, RowBlockCost, TableCost, Wire
 from distca.errors import SettingsError
 
@@ -107,7 +107,7 @@ def write_hardware(path: Path, table: HardwareTable) -> None:
 def costs_of(planner: PlannerSettings) -> tuple[Cost, ...]:
     """One cost for both directions, or one for each."""
     two = planner.backward == "own-plan"
-    if planner.cost in ("pairs", "row-blocks"):
+    if planner.cost in FORMULAS:
         return (PairCost() if planner.cost == "pairs" else RowBlockCost(),) * (1 + two)
     table = read_hardware(planner.cost)
     return (table.cost("forward"), table.cost("backward")) if two else (table.cost("forward", "backward"),)

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from distca.config import RunSettings, dump_settings, load_settings
+from distca.config import FORMULAS, RunSettings, dump_settings, load_settings
 from distca.errors import DataError, SettingsError, TryAgain, UserError
-from distca.hardware import costs_of
+from distca.hardware import costs_of, read_hardware, write_hardware
 from distca.launch.cluster import (
     Worker,
     WorkerFailed,
@@ -54,7 +54,7 @@ from distca.plan import imbalance
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE, CHECKPOINTS = "run.yaml", "checkpoints"
+RUN_FILE, CHECKPOINTS, KERNEL_TIMES = "run.yaml", "checkpoints", "kernel_times.yaml"
 SIGN_OF_LIFE_S = 5.0  # a server that is well answers at once: its calls run on other threads
 
 
@@ -64,6 +64,7 @@ def train(settings: RunSettings, console: Console, insecure: bool = False) -> Pa
     documents = _prepare(settings, console)
     with _new_folder(settings) as folder:
         console.print(f"[bold]run[/] {folder}")
+        settings = _with_kernel_times(settings, folder)
         _run(settings, folder, documents, None, console, insecure)
     return folder
 
@@ -79,6 +80,7 @@ def resume(folder: Path, overrides: list[str], console: Console, insecure: bool 
             f"{folder}: step {checkpoint.step} of {settings.train.steps} is done; ask for more: --train.steps "
             f"{checkpoint.step * 2}"
         )
+    settings = _with_kernel_times(settings, folder)
     documents = _prepare(settings, console)
     _refuse_other_documents(documents, checkpoint)
     console.print(f"[bold]resuming[/] {folder} after step {checkpoint.step}")
@@ -93,7 +95,7 @@ def verify(settings: RunSettings, console: Console, insecure: bool = False) -> C
     documents = _prepare(settings, console)
     with (
         _new_folder(settings, prefix="verify-") as folder,
-        _team(settings, folder, documents, console, insecure) as team,
+        _team(_with_kernel_times(settings, folder), folder, documents, console, insecure) as team,
         console.status("one step distributed, and one on one device"),
     ):
         _ask(team.trainers, "seek", 1, Cursor(), what="reading its documents")
@@ -391,6 +393,18 @@ def _prepare(settings: RunSettings, console: Console) -> tuple[Path, ...]:
     costs_of(settings.planner)  # a table that cannot be read is refused here, before any process starts
     with console.status("preparing documents"):
         return prepare(settings.data, config.vocab_size)
+
+
+def _with_kernel_times(settings: RunSettings, folder: Path) -> RunSettings:
+    """The settings with the planner's table in the run's own folder, which every worker sees and nobody measures
+    anew: plans stay the same."""
+    named, own = Path(settings.planner.cost), folder / KERNEL_TIMES
+    if settings.planner.cost in FORMULAS:
+        return settings
+    if named.exists() or not own.exists():  # the folder may have been moved since
+        write_hardware(own, read_hardware(named))
+    planner = settings.planner.model_copy(update={"cost": str(own.resolve())})
+    return settings.model_copy(update={"planner": planner})
 
 
 def _write_settings(settings: RunSettings, folder: Path) -> None:
