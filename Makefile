@@ -14,11 +14,12 @@ train: $(VENV)/.train
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "slow and not alone"
+	$(BIN)/python -m pytest -m alone
 
 test-fast: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 # A stamp per set of packages: nothing is installed again until pyproject.toml or constraints.txt changes.
 $(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python

@@ -68,7 +68,8 @@ class Bands:
 class MaskRule:
     """The mask that a model's layer asks for, the same in every document: causal, or causal with a sliding window.
 
-    A new rule is a new field here with its bands in `bands_of`, and a row in the parity test's table."""
+    A new rule is a new field here with its bands in `bands_of`, a word in messages (`PlanInputs.to_words`,
+    `link.Header`), and a row in the parity test's table."""
 
     window: int = 0
     """Keys a row sees, itself included; 0 means all before it."""
@@ -93,6 +94,9 @@ class Mask:
 
     document: np.ndarray  # (M,) int64, ascending
     bands: Bands  # (M,) in the document's own rows
+
+    def __post_init__(self):
+        assert (np.diff(self.document) >= 0).all(), "bands of a document are side by side, documents in their order"
 
     def of_documents(self, order: np.ndarray) -> Mask:
         """The mask of the documents `order`, numbered anew from 0."""

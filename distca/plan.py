@@ -84,6 +84,13 @@ class PlanInputs:
     wires: tuple[Wire, ...] = ()
     """What moving costs, one for each of `costs`, if work is to stay at home where moving it does not pay."""
 
+    def __post_init__(self):
+        size, homes = self.pool.ranks_per_home, [home for home in self.pool.home if home is not None]
+        assert self.num_ranks % size == 0, f"{self.num_ranks} ranks are no whole number of groups of {size}"
+        assert len(set(homes)) == len(homes), f"two servers live in one place: {homes}"
+        assert all(0 <= home < self.num_ranks // size for home in homes), f"{self.num_ranks} ranks, homes {homes}"
+        assert len(self.costs) in (1, 2) and len(self.wires) in (0, len(self.costs)), "one cost and wire per direction"
+
     def to_words(self) -> np.ndarray:
         """As int64 words, to cross a wire without pickle. Rules only: nobody sends a `Mask`."""
         pool, costs = self.pool, [cost.to_words() for cost in self.costs]

@@ -64,7 +64,8 @@ def plan_step(inputs: PlanInputs, rule: MaskRule | Mask, direction: int = 0) -> 
     """Plan one micro-batch under one of its mask rules and the cost of one direction, a number in `inputs.costs`. All
     plans of the same inputs have the same placement."""
     pool, cost = inputs.pool, inputs.costs[direction]
-    # from here on documents go by their place in this order: their numbers decide nothing
+    # from here on documents go by their place in this order: their numbers decide nothing, but for the order of equally
+    # long ones under a `Mask` that treats them differently
     by_length = order_by(int(inputs.lengths.max(initial=0)) - inputs.lengths)
     lengths = inputs.lengths[by_length]
     masks = {r: r.of_documents(by_length) if isinstance(r, Mask) else mask_of(r, lengths) for r in inputs.rules}

@@ -97,7 +97,8 @@ class Verify:
 class Plan:
     """Plan document lengths without running anything: balance, bytes and time beside the paper's greedy and a lower
     bound. With a run file, plan its own documents for its own pool; else `lengths`, or lengths drawn from `shape`.
-    Settings of the planner can be given as --planner.key value, the seed of drawn lengths as --seed value."""
+    Settings of the planner can be given as --planner.key value (without a run file the tolerance is 0.01), the seed of
+    drawn lengths as --seed value."""
 
     run: tyro.conf.Positional[Path | None] = None
     """YAML run file. What it says of trainers, tokens, pool and heads replaces the options below."""

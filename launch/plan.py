@@ -136,13 +136,14 @@ class PlanStudy:
     scores: list[PlanScore]
     load_at_home: np.ndarray  # (ranks,) int64
     least_moved: int | None
-    """Lower bound; None where it has not been proved: it is for pairs under a causal mask."""
+    """Lower bound of any exactly even plan; None where it has not been proved: it is for pairs under a causal mask."""
 
     def table(self) -> Table:
         i, tokens = self.inputs, max(1, int(self.inputs.lengths.sum()) // self.inputs.num_ranks)
         title = f"{len(i.lengths)} documents, {i.num_ranks} trainers with {tokens:,} tokens each, "
         title += f"{len(i.pool)} servers, {i.group} query heads per key/value head"
-        caption = "bytes in key/value rows per token; worst rank: per token of one rank, one way; time: the best is 1"
+        caption = "bytes in key/value rows per token; worst rank: per token of one rank, one way; time: the best is 1; "
+        caption += "lower bound: of any exactly even plan"
         if i.wires:
             caption += "; work stays at home where moving it would take longer"
         table = Table(title=title, caption=caption)
@@ -211,5 +212,6 @@ def _study(inputs: PlanInputs, planner: str, direction: int) -> PlanStudy:
         plans[name].check_cover()
         scores.append(score(name, plans[name], inputs, direction, plan_ms))
     plan, causal_pairs = plans[planner], rule == MaskRule() and inputs.costs[direction] == PairCost()
-    least = least_moved(plan, inputs.group) if causal_pairs and inputs.pool.ranks_per_home == 1 else None
+    provable = causal_pairs and inputs.pool.ranks_per_home == 1 and not inputs.wires
+    least = least_moved(plan, inputs.group) if provable else None
     return PlanStudy(inputs, plan, scores, plan.load_at_home(), least)

@@ -27,7 +27,7 @@ from distca.launch.publish import newest
 from distca.metrics import METRICS
 from distca.order import Cursor
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 DISTCA = str(Path(sys.executable).with_name("distca"))
 MARK = "DISTCA_TEST_RUN"  # in the environment of a command and of all that it starts

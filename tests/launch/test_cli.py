@@ -335,6 +335,7 @@ def test_ctrl_c_before_the_first_step_is_said(folder, capsys, monkeypatch):
     assert "stopped at once" in said(capsys, 130, "train", write_run(folder))
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_what_only_a_worker_can_see_comes_out_as_its_sentence_and_leaves_no_run(folder, capsys, monkeypatch):
     """Real Ray. The folder has a configuration, so the driver is content; the weights are missing."""

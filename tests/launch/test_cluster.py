@@ -224,6 +224,7 @@ def head(tmp_path, monkeypatch):
     shutil.rmtree(f"/tmp/{mark[:8]}")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_cluster_is_joined_with_its_token_and_not_without(head, tmp_path):
     with cluster._environment(RAY_AUTH_MODE="disabled"), pytest.raises(SettingsError, match="asks for a token"):
@@ -274,12 +275,14 @@ def one(running):
     worker.kill()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_answers_come_in_the_order_of_the_calls(workers):
     calls = [workers[1].call("number_of"), workers[0].call("number_of"), workers[1].call("number_of")]
     assert gather(calls, 10, "counting") == [1, 0, 1]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_workers_have_their_environment_and_no_gpu(workers):
     [values] = gather([workers[0].call("environment", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")], 10, "looking")
@@ -287,18 +290,21 @@ def test_workers_have_their_environment_and_no_gpu(workers):
     assert "OMP_NUM_THREADS" not in os.environ
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_what_a_worker_prints_is_in_its_log(workers):
     gather([workers[0].call("say", "three words here")], 10, "talking")
     assert "three words here" in workers[0].log.read_text()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_user_error_comes_out_as_it_was(workers):
     with pytest.raises(DataError, match="^row 3 is empty$"):
         gather([workers[0].call("fail", DataError("row 3 is empty"))], 10, "reading data")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_user_error_of_a_constructor_comes_out_as_it_was(running):
     worker = spawn(Echo, bad=True, placement=running[1], bundle=2, role="trainer")
@@ -307,6 +313,7 @@ def test_a_user_error_of_a_constructor_comes_out_as_it_was(running):
     worker.kill()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_another_exception_names_the_worker_and_its_traceback_is_in_the_log(workers):
     with pytest.raises(
@@ -317,6 +324,7 @@ def test_another_exception_names_the_worker_and_its_traceback_is_in_the_log(work
     assert "while running step 12" in workers[1].log.read_text() and "in fail" in workers[1].log.read_text()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "how, cause",
@@ -332,6 +340,7 @@ def test_a_dead_worker_is_lost_with_its_cause(one, workers, how, cause, capfd):
     assert "worker died" not in capfd.readouterr().out  # Ray's own paragraph
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_silent_worker_is_named_after_the_time_out(workers, monkeypatch, caplog):
     monkeypatch.setattr(cluster, "SAY_EVERY_S", 0.2)
@@ -341,12 +350,14 @@ def test_a_silent_worker_is_named_after_the_time_out(workers, monkeypatch, caplo
     assert "waiting for trainer 1" in caplog.text
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_gpus_that_a_machine_of_our_own_lacks_are_refused_at_once(running):
     with pytest.raises(SettingsError, match="^3 workers need 3 GPUs, this machine has 0: lower parallel.trainers or"):
         place(running[0], 3, gpus=True, timeout_s=60)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_taken_places_are_waited_for_aloud(running, monkeypatch, caplog):
     monkeypatch.setattr(cluster, "SAY_EVERY_S", 0.4)
@@ -356,6 +367,7 @@ def test_taken_places_are_waited_for_aloud(running, monkeypatch, caplog):
     assert "they need 4 CPUs, free are 0 CPUs" in caplog.text
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_workers_meet_in_the_drivers_store(workers):
     store, port = rendezvous_store("127.0.0.1")
@@ -363,6 +375,7 @@ def test_workers_meet_in_the_drivers_store(workers):
     assert gather([workers[0].call("store_value", port)], 10, "meeting") == [b"hello"]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_nothing_listens_beyond_loopback_and_nothing_answers_without_a_token(running, workers):
     open_ports = listeners(marked(running[2]))
@@ -378,6 +391,7 @@ def test_nothing_listens_beyond_loopback_and_nothing_answers_without_a_token(run
             assert 400 <= refusal.value.code < 500, refusal.value
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_token_is_for_its_owner_alone(running):
     token = os.environ["RAY_AUTH_TOKEN_PATH"]
@@ -437,6 +451,7 @@ def drivers(tmp_path_factory):
             orphan.kill()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_however_a_driver_ends_nothing_of_it_stays(drivers, ending):
