@@ -369,11 +369,11 @@ def _describe(settings: RunSettings, team: Team, documents: tuple[Path, ...], co
     facts = {
         "model": f"{told['parameters'] / 1e6:.2f} M parameters, {masks}",
         "documents": f"{sum(corpus.num_documents):,} with {sum(corpus.num_tokens):,} tokens from "
-        "{', '.join(corpus.source_names)}",
+        f"{', '.join(corpus.source_names)}",
         "step": f"{settings.train.tokens_per_step:,} tokens = {settings.parallel.trainers} trainers x "
-        "{settings.tokens_per_rank:,} x {settings.accumulation} micro-batches",
+        f"{settings.tokens_per_rank:,} x {settings.accumulation} micro-batches",
         "attention": f"{', '.join(map(str, serving))}; back end {settings.kernels.backend}, ZeRO stage "
-        "{settings.parallel.zero_stage}, {settings.train.precision}",
+        f"{settings.parallel.zero_stage}, {settings.train.precision}",
     }
     for name, text in facts.items():
         console.print(f"[bold]{name:10}[/] {text}", highlight=False)
