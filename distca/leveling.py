@@ -17,7 +17,7 @@ import numpy as np
 
 from distca.arrays import spread, sum_by
 from distca.cost import Cost
-from distca.masks import Bands, crop, cut
+from distca.masks import Bands, crop, cut, join
 
 HOMELESS = -1  # inside this file: no server yet
 
@@ -43,23 +43,18 @@ def _keep_at_home(
 ) -> tuple[np.ndarray, Bands, np.ndarray]:
     """Tiles with the server that keeps them, HOMELESS for those released. Pieces that stay whole are one tile each."""
     costs = cost.of(pieces)
-    load = sum_by(home[home >= 0], costs[home >= 0], len(limit))
-    at_ease = (home >= 0) & (load <= limit)[home]
+    at_ease = (sum_by(home, costs, len(limit)) <= limit)[home]
     whole, split = np.flatnonzero(at_ease & (costs > 0)), np.flatnonzero(~at_ease & (costs > 0))
 
     piece, tiles = _tile(pieces[split], block, largest_tile)
     piece, server = split[piece], np.full(len(piece), HOMELESS, np.int64)
     for donor in np.unique(home[split]):
-        if donor == HOMELESS:
-            continue
         mine = np.flatnonzero(home[piece] == donor)
-        mine = mine[
-            np.argsort(costs[piece[mine]], kind="stable")
-        ]  # short documents first; inside one, early rows first
+        # short documents first; inside one, early rows first
+        mine = mine[np.argsort(costs[piece[mine]], kind="stable")]
         stays = np.cumsum(cost.of(tiles[mine])) <= limit[donor]
         server[mine[stays]] = donor
-    joined = Bands(*(np.concatenate([getattr(pieces[whole], c), getattr(tiles, c)]) for c in Bands.__slots__))
-    return np.concatenate([whole, piece]), joined, np.concatenate([home[whole], server])
+    return np.concatenate([whole, piece]), join(pieces[whole], tiles), np.concatenate([home[whole], server])
 
 
 def _tile(bands: Bands, block: int, largest: int) -> tuple[np.ndarray, Bands]:

@@ -181,6 +181,11 @@ def tighten(bands: Bands) -> Bands:
     return _rebase(bands, q0, q1, k0, k1)
 
 
+def join(*bands: Bands) -> Bands:
+    """All of them, in this order."""
+    return Bands(*(np.concatenate([getattr(b, f.name) for b in bands]) for f in fields(Bands)))
+
+
 def transpose(bands: Bands) -> Bands:
     """The same pairs with rows and keys in each other's place: which rows see a key."""
     return Bands(bands.k0, bands.k1, bands.q0, bands.q1, -bands.hi, -bands.lo)

@@ -51,7 +51,7 @@ import numpy as np
 from distca.arrays import order_by, spread, sum_by
 from distca.cost import Cost, PairCost
 from distca.leveling import level
-from distca.masks import Bands, Mask, MaskRule, crop, mask_of, tighten
+from distca.masks import Bands, Mask, MaskRule, crop, join, mask_of, tighten
 from distca.payoff import fastest
 from distca.placement import Segments, place_in_neighbourhoods, split_ranks
 from distca.plan import MILLION, Plan, PlanInputs, Pool, bands_in, limits, shares
@@ -186,7 +186,7 @@ def _even_out(
         stays[moved.given] = False
         stays = np.flatnonzero(stays)
         document = np.concatenate([document[stays], document[moved.piece]])
-        bands, server = _join(bands[stays], moved.tiles), np.concatenate([server[stays], moved.server])
+        bands, server = join(bands[stays], moved.tiles), np.concatenate([server[stays], moved.server])
         costs = np.concatenate([costs[stays], cost.of(moved.tiles)])
     total, share = int(costs.sum()), shares(int(costs.sum()), pool)
     allowed = limits(total, pool, tolerance)
@@ -474,9 +474,9 @@ def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, cost: 
     covered = np.full(len(pieces), 0, np.int64)
     np.maximum.at(covered, item, parts.q1)
     under = crop(pieces, np.maximum(covered, regions.q0), pieces.q1, pieces.k0, pieces.k1)
-    home = _join(beside, over, under)
+    home = join(beside, over, under)
     items = np.concatenate([item[part], item, np.arange(len(pieces)), np.arange(len(pieces))])
-    return _join(tiles, home), items, np.append(line.portion_server[portion], np.full(len(home), NOBODY))
+    return join(tiles, home), items, np.append(line.portion_server[portion], np.full(len(home), NOBODY))
 
 
 def _search(cost_up_to: Callable, low, high, target, block: int, down: bool = False) -> np.ndarray:
@@ -513,7 +513,3 @@ def _share(part, amount, whole) -> np.ndarray:
     return np.minimum(
         ((part >> (shift - half)) * (amount >> half) // np.maximum(whole >> (shift - half), 1)) << half, amount
     )
-
-
-def _join(*bands: Bands) -> Bands:
-    return Bands(*(np.concatenate([getattr(b, column) for b in bands]) for column in Bands.__slots__))

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distca.arrays import spread
+from distca.arrays import ranges
 from distca.kernels.delta import out_with_delta
 from distca.kernels.merge import merge, statistics_dtype
 from distca.masks import Bands, cut, tighten
@@ -46,11 +46,11 @@ class Call:
 
     def rows(self) -> np.ndarray:
         """(P,) the query row, of all on the server, that each row of the call is."""
-        return _ranges(self.sequences.q0, self.sequences.q1)
+        return ranges(self.sequences.q0, self.sequences.q1 - self.sequences.q0)
 
     def keys(self) -> np.ndarray:
         """(N,) likewise for its keys."""
-        return _ranges(self.sequences.k0, self.sequences.k1)
+        return ranges(self.sequences.k0, self.sequences.k1 - self.sequences.k0)
 
     def layout(self, device: torch.device) -> dict[str, Any]:
         """The operator's arguments that say which rows and keys are a sequence."""
@@ -138,13 +138,13 @@ def calls_of(tasks: Bands) -> Iterator[Call]:
     """The tasks' pairs, each in one sequence of one call per task that holds it. A row's `nth` counts in list order."""
     parts, left, right = _sequences(tasks)
     lengths = parts.q1 - parts.q0
-    nth, ends = _occurrence(_ranges(parts.q0, parts.q1)), np.cumsum(lengths)
+    nth, ends = _occurrence(ranges(parts.q0, parts.q1 - parts.q0)), np.cumsum(lengths)
     for mask in np.unique(np.stack([left, right], 1), axis=0).tolist():
         alike = np.flatnonzero((left == mask[0]) & (right == mask[1]))
         size = np.maximum(parts.k1 - parts.k0, 4)[alike]  # 4, so that a call never has more than 65,535 sequences
         chunk = (np.cumsum(size) - size) // KEYS_PER_CALL
         for at in np.split(alike, np.flatnonzero(np.diff(chunk)) + 1):
-            yield Call(parts[at], *mask, nth[_ranges(ends[at] - lengths[at], ends[at])])
+            yield Call(parts[at], *mask, nth[ranges(ends[at] - lengths[at], lengths[at])])
 
 
 def _sequences(tasks: Bands) -> tuple[Bands, np.ndarray, np.ndarray]:
@@ -178,12 +178,6 @@ def _forward(
         **call.mask(),
     )
     return out_PHD, lse_HP.T
-
-
-def _ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """[2, 7], [5, 9] -> [2, 3, 4, 7, 8]."""
-    index, n = spread(last - first)
-    return first[index] + n
 
 
 def _ends(lengths: np.ndarray) -> np.ndarray:
