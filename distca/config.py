@@ -307,7 +307,16 @@ class RunSettings(Settings):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-6 is a number."""
+    """YAML as people write it: 1e-6 is a number, and what is given twice is a mistake."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -15,19 +15,17 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
 from importlib.metadata import version
-from operator import getitem
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from transformers import PretrainedConfig
 
-from distca.config import FORMULAS, RunSettings, dump_settings, load_settings
+from distca.config import RunSettings, dump_settings, load_settings
 from distca.errors import DataError, SettingsError, TryAgain, UserError
-from distca.hardware import costs_of, read_hardware, write_hardware
+from distca.hardware import costs_of
 from distca.launch.cluster import (
     Worker,
     WorkerFailed,
@@ -42,6 +40,19 @@ from distca.launch.data import Corpus
 from distca.launch.monitor import Monitor
 from distca.launch.prepare import prepare
 from distca.launch.publish import Published, newest, prune, publishing
+from distca.launch.runs import (
+    CHECKPOINTS,
+    RUN_FILE,
+    absolute_paths,
+    changes_since,
+    keep_model,
+    kept_documents,
+    known_documents,
+    refuse_other_documents,
+    with_kernel_times,
+    with_own_model,
+    write_settings,
+)
 from distca.launch.server import DedicatedServer, Meeting, backend_of, pool_of
 from distca.launch.trainer import PlanSummary, Trainer, TrainerReport
 from distca.launch.verify import Comparison
@@ -54,37 +65,42 @@ from distca.plan import imbalance
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE, CHECKPOINTS, KERNEL_TIMES = "run.yaml", "checkpoints", "kernel_times.yaml"
 SIGN_OF_LIFE_S = 5.0  # a server that is well answers at once: its calls run on other threads
 
 
 def train(settings: RunSettings, console: Console, insecure: bool = False) -> Path:
     """Run from the first step; returns the run's folder."""
+    settings = absolute_paths(settings)
     refuse_precision(settings)
-    documents = _prepare(settings, console)
+    config = _check(settings)
+    documents = _prepare(settings, config, console)
     with _new_folder(settings) as folder:
         console.print(f"[bold]run[/] {folder}")
-        settings = _with_kernel_times(settings, folder)
-        _run(settings, folder, documents, None, console, insecure)
+        keep_model(folder, settings, config, documents)
+        settings = with_kernel_times(settings, folder)
+        _run(settings, settings, folder, documents, None, console, insecure)
     return folder
 
 
 def resume(folder: Path, overrides: list[str], console: Console, insecure: bool = False) -> Path:
     """Go on from a run's newest checkpoint, in its folder; `overrides` may change the pool, the number of steps, …"""
-    settings = load_settings(folder / RUN_FILE, overrides)
+    folder = folder.absolute()
+    settings = absolute_paths(load_settings(folder / RUN_FILE, overrides))
     checkpoint = newest(folder / CHECKPOINTS)
-    _refuse_other_settings(settings, checkpoint)
+    changes = changes_since(checkpoint, settings)
     refuse_precision(settings)
     if checkpoint.step >= settings.train.steps:
         raise SettingsError(
             f"{folder}: step {checkpoint.step} of {settings.train.steps} is done; ask for more: --train.steps "
             f"{checkpoint.step * 2}"
         )
-    settings = _with_kernel_times(settings, folder)
-    documents = _prepare(settings, console)
-    _refuse_other_documents(documents, checkpoint)
+    settings = with_kernel_times(settings, folder)
+    working = with_own_model(settings, folder, checkpoint)
+    documents = _prepare(settings, _check(working), console, checkpoint)
     console.print(f"[bold]resuming[/] {folder} after step {checkpoint.step}")
-    _run(settings, folder, documents, checkpoint, console, insecure)
+    for change in changes:
+        console.print(f"[bold]changed[/]  {change}, from step {checkpoint.step + 1} on", highlight=False)
+    _run(settings, working, folder, documents, checkpoint, console, insecure)
     return folder
 
 
@@ -92,10 +108,11 @@ def verify(settings: RunSettings, console: Console, insecure: bool = False) -> C
     """One step of the run, distributed, against one device."""
     if settings.train.precision != "fp64":
         refuse_precision(settings)
-    documents = _prepare(settings, console)
+    settings = absolute_paths(settings)
+    documents = _prepare(settings, _check(settings), console)
     with (
         _new_folder(settings, prefix="verify-") as folder,
-        _team(_with_kernel_times(settings, folder), folder, documents, console, insecure) as team,
+        _team(with_kernel_times(settings, folder), folder, documents, console, insecure) as team,
         console.status("one step distributed, and one on one device"),
     ):
         _ask(team.trainers, "seek", 1, Cursor(), what="reading its documents")
@@ -160,6 +177,7 @@ def _team(
 
 
 def _run(
+    asked: RunSettings,
     settings: RunSettings,
     folder: Path,
     documents: tuple[Path, ...],
@@ -167,17 +185,19 @@ def _run(
     console: Console,
     insecure: bool,
 ) -> None:
-    """Steps after `start` (or all), to the end of the run or until asked to stop."""
+    """Steps after `start` (or all), to the end of the run or until asked to stop.
+
+    `asked` is what the run's file says, `settings` what its workers go by: after `start` the run's own model."""
     steps, done = settings.train.steps, start.step if start else 0
     cursor = Cursor(*start.facts["cursor"]) if start else Cursor()
     with _team(settings, folder, documents, console, insecure) as team, _stop_request() as stop:
         if start:
             _ask(team.trainers, "load", start.path, what="loading the checkpoint")
         _ask(team.trainers, "seek", done + 1, cursor, what="reading its documents")
-        _write_settings(settings, folder)
+        write_settings(asked, folder)
         monitor = Monitor(folder, settings.monitor, first_step=done + 1)
         try:
-            monitor.start(dump_settings(settings), _versions() | _describe(settings, team, documents, console))
+            monitor.start(dump_settings(asked), _versions() | _describe(settings, team, documents, console))
             reporter = _Reporter(settings, team, monitor, console)
             tokens_seen, saved = done * settings.train.tokens_per_step, done
             for step in range(done + 1, steps + 1):
@@ -194,7 +214,7 @@ def _run(
                     )
                 stopping = stop.is_set()  # looked at once: who stops has saved
                 if _is_due(settings, step) or stopping:
-                    save_s = _publish(settings, folder, documents, team, step, trainers[0], monitor)
+                    save_s = _publish(asked, folder, documents, team, step, trainers[0], monitor)
                     saved, record = step, replace(record, checkpoint_save_s=save_s)
                 reporter.show(record, trainers)
                 if stopping and step < steps:
@@ -238,49 +258,14 @@ def _publish(
 ) -> float:
     """Publish a checkpoint and forget the oldest; the seconds that took."""
     start = time.perf_counter()
-    names = [path.name for path in documents]  # they tell apart what was prepared from other files
-    facts = dict(settings=bound_settings(settings), documents=names, cursor=list(report.cursor))
+    facts = dict(
+        settings=settings.model_dump(mode="json"), documents=known_documents(documents), cursor=list(report.cursor)
+    )
     with publishing(folder / CHECKPOINTS, step, facts) as draft:
         _ask(team.trainers, "save", draft, what=f"saving step {step}")
     prune(folder / CHECKPOINTS, settings.checkpoint.keep)
     monitor.event(step, f"checkpoint of step {step} published")
     return time.perf_counter() - start
-
-
-# what a checkpoint's files, and its place in the data, have a meaning under; attention servers are not among it
-BOUND = (
-    *("parallel.trainers", "parallel.zero_stage", "train.precision", "train.optimizer"),
-    *("model.path", "model.revision", "model.config", "seed", "data"),
-)
-
-
-def bound_settings(settings: RunSettings) -> dict[str, Any]:
-    """The settings in `BOUND`, as JSON."""
-    values = settings.model_dump(mode="json", exclude={"data": {"cache"}})
-    return {name: reduce(getitem, name.split("."), values) for name in BOUND}
-
-
-def _refuse_other_settings(settings: RunSettings, checkpoint: Published) -> None:
-    """A checkpoint goes on only under the settings it was made with; attention servers may change freely."""
-    made_with = checkpoint.facts["settings"]
-    wrong = [
-        f"{name}: {made_with[name]} (asked for {value})"
-        for name, value in bound_settings(settings).items()
-        if made_with[name] != value
-    ]
-    if wrong:
-        raise SettingsError(
-            f"{checkpoint.path} can only be resumed with {', '.join(wrong)}; attention servers may change freely"
-        )
-
-
-def _refuse_other_documents(documents: tuple[Path, ...], checkpoint: Published) -> None:
-    if checkpoint.facts["documents"] != [path.name for path in documents]:
-        raise DataError(
-            f"{checkpoint.path}: the documents have changed since; its place in them has no meaning now. Restore the "
-            "files "
-            "of data.sources, or start a new run"
-        )
 
 
 def _record(
@@ -386,32 +371,31 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _prepare(settings: RunSettings, console: Console) -> tuple[Path, ...]:
+def _check(settings: RunSettings) -> PretrainedConfig:
+    """The model's configuration; whatever can be refused without documents and processes is refused here."""
     m, device = settings.model, "cuda" if _use_gpus(settings) else "cpu"
     config = read_config(m.path, m.config, m.revision)
     refuse_kernels(config, backend_of(settings), DTYPES[settings.train.precision], device)
-    costs_of(settings.planner)  # a table that cannot be read is refused here, before any process starts
+    costs_of(settings.planner)  # a table that cannot be read
+    return config
+
+
+def _prepare(
+    settings: RunSettings, config: PretrainedConfig, console: Console, checkpoint: Published | None = None
+) -> tuple[Path, ...]:
+    """The run's documents; with a checkpoint, the ones that it was made with, wherever the files lie by now."""
     with console.status("preparing documents"):
-        return prepare(settings.data, config.vocab_size)
-
-
-def _with_kernel_times(settings: RunSettings, folder: Path) -> RunSettings:
-    """The settings with the planner's table in the run's own folder, which every worker sees and nobody measures
-    anew: plans stay the same."""
-    named, own = Path(settings.planner.cost), folder / KERNEL_TIMES
-    if settings.planner.cost in FORMULAS:
-        return settings
-    if named.exists() or not own.exists():  # the folder may have been moved since
-        write_hardware(own, read_hardware(named))
-    planner = settings.planner.model_copy(update={"cost": str(own.resolve())})
-    return settings.model_copy(update={"planner": planner})
-
-
-def _write_settings(settings: RunSettings, folder: Path) -> None:
-    """What `resume` goes by; at no moment half a file."""
-    draft = folder / f".{RUN_FILE}"
-    draft.write_text(dump_settings(settings), encoding="utf-8")
-    draft.replace(folder / RUN_FILE)
+        try:
+            documents = prepare(settings.data, config.vocab_size, settings.model.path)
+        except (DataError, SettingsError) as error:
+            kept = checkpoint and kept_documents(settings, checkpoint)
+            if not kept:
+                raise
+            logger.warning("%s; going on with the documents as they were prepared before", error)
+            return kept
+    if checkpoint:
+        refuse_other_documents(documents, checkpoint)
+    return documents
 
 
 @contextmanager
