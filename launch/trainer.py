@@ -193,21 +193,26 @@ class Trainer:
     def verify(self) -> Comparison | None:
         """Gradients of the next step against one device; the comparison is rank 0's."""
         batch = self._next.result()
-        summed_loss = 0.0
-        for number, micro_batch in enumerate(batch.micro_batches):
-            summed_loss += self._forward_backward(micro_batch, batch.targets)
-            if number < len(batch.micro_batches) - 1 and isinstance(self._engine, Engine):
-                self._engine.step(0.0)
-        gradients = self._engine.full_gradients()
-        total = torch.tensor(summed_loss, dtype=torch.float64)
-        dist.all_reduce(total)
+        loss, gradients = self._gradients(batch)
         if self._rank:
             return None
         corpus = self._stream.corpus
         documents = [
             Document(corpus.tokens(*where), corpus.labels(*where)) for p in batch.pieces for where in _places(p)
         ]
-        return compare_with_one_device(self._settings, batch.step, documents, float(total) / batch.targets, gradients)
+        return compare_with_one_device(self._settings, batch.step, documents, loss, gradients)
+
+    def _gradients(self, batch: StepBatch) -> tuple[float, dict[str, torch.Tensor]]:
+        """The step's mean loss and whole gradients, which are not applied."""
+        summed_loss = 0.0
+        for number, micro_batch in enumerate(batch.micro_batches):
+            summed_loss += self._forward_backward(micro_batch, batch.targets)
+            if number < len(batch.micro_batches) - 1 and isinstance(self._engine, Engine):
+                self._engine.step(0.0)  # only the last one would update
+        gradients = self._engine.full_gradients()
+        total = torch.tensor(summed_loss, dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total) / batch.targets, gradients
 
     def describe(self) -> dict:
         """For the start of a run: parameters, layers and the masks they ask for."""
