@@ -115,9 +115,13 @@ class OptimizerSettings(Settings):
 
 class ScheduleSettings(Settings):
     name: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape after the warm-up; linear and cosine end at 0 on the last step."""
+    """Shape after the warm-up of w steps, for step s (from 1) of S = `train.steps`; x = (s - w - 1) / (S - w) is 0 at
+    step w + 1 and would be 1 one step after the last. `constant`: the peak. `linear`: peak · (1 - x). `cosine`:
+    peak · (1 + cos(pi · x)) / 2. A run resumed with more steps, or another schedule, goes on with the rates that a new
+    run with those settings has at these steps."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps of linear rise from 0."""
+    """Steps w of linear rise: step s of them uses peak · s / (w + 1), step w + 1 the peak. A run of w steps or fewer
+    never gets there."""
 
 
 class TrainSettings(Settings):
@@ -134,7 +138,8 @@ class TrainSettings(Settings):
     """Of weights, activations and what goes over the wire; with bf16 DeepSpeed keeps fp32 master weights. fp64 is for
     `verify`."""
     clip_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """Largest norm of the whole gradient; 0 switches clipping off."""
+    """Largest norm of the whole gradient; 0 switches clipping off. A step whose gradient is not finite changes nothing
+    and ends the run."""
     loss_chunk: PositiveInt = 1024
     """Rows whose logits exist at the same time."""
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -286,6 +291,10 @@ class RunSettings(Settings):
                 f"train.tokens_per_step = {train.tokens_per_step} cannot be shared equally: it must be a multiple of "
                 f"parallel.trainers x {what} = {per_round}; {near} would work"
             )
+        longest = min(self.data.max_document_tokens or self.tokens_per_micro_batch, self.tokens_per_micro_batch)
+        if longest < 2:
+            what = "train.tokens_per_step" if self.tokens_per_micro_batch < 2 else "data.max_document_tokens"
+            raise ValueError(f"{what}: documents of one token hold nothing to predict; ask for at least 2")
         return self
 
     @property

@@ -82,6 +82,8 @@ class Verify:
         for p in result.parameters[:8]:
             table.add_row(p.name, f"{p.error:.2e}", f"{p.allowed:.1e}", style=None if p.passed else "bold red")
         console.print(table)
+        if result.step > 1:
+            console.print(f"step {result.step}: the first that has anything to learn", highlight=False)
         console.print(
             f"{result.num_documents} documents, {result.num_tokens:,} tokens; loss {result.loss:.12f}, on one device "
             f"{result.reference_loss:.12f}: relative error {result.loss_error:.2e} (allowed {result.loss_allowed:.1e})",

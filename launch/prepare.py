@@ -37,11 +37,11 @@ import transformers
 
 from distca.config import DataSettings, SourceSettings
 from distca.errors import DataError, SettingsError
-from distca.launch.data import LENGTHS, META, STARTS, TOKENS, read_meta
+from distca.launch.data import LENGTHS, META, STARTS, TARGETS, TOKENS, read_meta
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1  # of the stored files and of everything here that decides their content
+FORMAT_VERSION = 2  # of the stored files and of everything here that decides their content
 BATCH_DOCUMENTS = 1024  # tokenised and written together: at most so many,
 BATCH_SIZE = 1 << 22  # or of so many characters and ids
 PROGRESS_S = 10.0
@@ -524,7 +524,7 @@ class _Store:
     def __init__(self, folder: Path, dtype: str):
         self._folder = folder
         self._dtype = dtype
-        self._files = {name: open(folder / name, "wb") for name in (TOKENS, STARTS, LENGTHS)}
+        self._files = {name: open(folder / name, "wb") for name in (TOKENS, STARTS, LENGTHS, TARGETS)}
         self.num_documents = 0
         self.num_tokens = 0
 
@@ -536,6 +536,7 @@ class _Store:
         self._files[TOKENS].write(np.concatenate(documents).astype(self._dtype).data)
         self._files[STARTS].write(starts.data)
         self._files[LENGTHS].write(lengths.data)
+        self._files[TARGETS].write((lengths - 1).data)
         self.num_documents += len(documents)
         self.num_tokens += int(lengths.sum())
 
@@ -549,6 +550,7 @@ class _Store:
     def finish(self, meta: dict) -> None:
         """Bring everything to the disk, the description last."""
         counts = {"documents": self.num_documents, "tokens": self.num_tokens, "dtype": self._dtype}
+        counts |= {"targets": self.num_tokens - self.num_documents, "labels": False}
         self._files[META] = open(self._folder / META, "wb")
         self._files[META].write(json.dumps({**meta, **counts, "version": FORMAT_VERSION}, indent=2).encode())
         for file in self._files.values():

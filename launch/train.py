@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -36,7 +36,7 @@ from distca.launch.cluster import (
     spawn,
     start_ray,
 )
-from distca.launch.data import Corpus
+from distca.launch.data import Corpus, first_step_with_targets
 from distca.launch.monitor import Monitor
 from distca.launch.prepare import prepare
 from distca.launch.publish import Published, newest, prune, publishing
@@ -74,6 +74,7 @@ def train(settings: RunSettings, console: Console, insecure: bool = False) -> Pa
     refuse_precision(settings)
     config = _check(settings)
     documents = _prepare(settings, config, console)
+    first_step_with_targets(settings, documents)  # refused before anything is started
     with _new_folder(settings) as folder:
         console.print(f"[bold]run[/] {folder}")
         keep_model(folder, settings, config, documents)
@@ -110,12 +111,13 @@ def verify(settings: RunSettings, console: Console, insecure: bool = False) -> C
         refuse_precision(settings)
     settings = absolute_paths(settings)
     documents = _prepare(settings, _check(settings), console)
+    step, cursor = first_step_with_targets(settings, documents)
     with (
         _new_folder(settings, prefix="verify-") as folder,
         _team(with_kernel_times(settings, folder), folder, documents, console, insecure) as team,
         console.status("one step distributed, and one on one device"),
     ):
-        _ask(team.trainers, "seek", 1, Cursor(), what="reading its documents")
+        _ask(team.trainers, "seek", step, cursor, what="reading its documents")
         result = _ask(team.trainers, "verify", what="verifying")[0]
     shutil.rmtree(folder)  # nothing but logs, of use only after a failure
     return result
@@ -195,18 +197,20 @@ def _run(
             _ask(team.trainers, "load", start.path, what="loading the checkpoint")
         _ask(team.trainers, "seek", done + 1, cursor, what="reading its documents")
         write_settings(asked, folder)
-        monitor = Monitor(folder, settings.monitor, first_step=done + 1)
+        before = start.facts.get("record") if start else None  # checkpoints of older versions have none
+        monitor = Monitor(folder, settings.monitor, first_step=done + 1, before=before)
         try:
             monitor.start(dump_settings(asked), _versions() | _describe(settings, team, documents, console))
             reporter = _Reporter(settings, team, monitor, console)
-            tokens_seen, saved = done * settings.train.tokens_per_step, done
+            seen = before or dict(tokens_seen=done * settings.train.tokens_per_step, targets_seen=None if done else 0)
+            saved = done
             for step in range(done + 1, steps + 1):
                 clock = time.perf_counter()
                 trainers = _step(team, step)
                 servers = _ask(team.servers, "take_report", what=f"reporting step {step}")
-                tokens_seen += settings.train.tokens_per_step
-                record = _record(settings, step, time.perf_counter() - clock, tokens_seen, trainers, servers)
-                if not np.isfinite(record.loss) or not np.isfinite(record.grad_norm or 0.0):
+                record = _record(settings, step, time.perf_counter() - clock, seen, trainers, servers)
+                seen = record.fields()
+                if not np.isfinite(record.loss or 0.0) or not np.isfinite(record.grad_norm or 0.0):
                     raise UserError(
                         f"step {step} has loss {record.loss} and gradient norm {record.grad_norm}: the run stops "
                         "here; its newest checkpoint is of step "
@@ -214,7 +218,8 @@ def _run(
                     )
                 stopping = stop.is_set()  # looked at once: who stops has saved
                 if _is_due(settings, step) or stopping:
-                    save_s = _publish(asked, folder, documents, team, step, trainers[0], monitor)
+                    _refuse_bad_weights(team, step, saved)
+                    save_s = _publish(asked, folder, documents, team, record, trainers[0], monitor)
                     saved, record = step, replace(record, checkpoint_save_s=save_s)
                 reporter.show(record, trainers)
                 if stopping and step < steps:
@@ -242,6 +247,15 @@ def _step(team: Team, step: int) -> list[TrainerReport]:
         raise
 
 
+def _refuse_bad_weights(team: Team, step: int, saved: int) -> None:
+    """No checkpoint holds weights that are not numbers."""
+    if not all(_ask(team.trainers, "weights_are_finite", what=f"looking at the weights of step {step}")):
+        raise UserError(
+            f"step {step} left weights that are not finite: they are not saved, and the run stops here; its newest "
+            f"checkpoint is of step {saved}. Try a lower train.optimizer.learning_rate"
+        )
+
+
 def _is_due(settings: RunSettings, step: int) -> bool:
     every = settings.checkpoint.every_steps
     return step == settings.train.steps or bool(every and step % every == 0)
@@ -252,14 +266,17 @@ def _publish(
     folder: Path,
     documents: tuple[Path, ...],
     team: Team,
-    step: int,
+    record: StepRecord,
     report: TrainerReport,
     monitor: Monitor,
 ) -> float:
     """Publish a checkpoint and forget the oldest; the seconds that took."""
-    start = time.perf_counter()
+    start, step = time.perf_counter(), record.step
     facts = dict(
-        settings=settings.model_dump(mode="json"), documents=known_documents(documents), cursor=list(report.cursor)
+        settings=settings.model_dump(mode="json"),
+        documents=known_documents(documents),
+        cursor=list(report.cursor),
+        record=record.fields(),
     )
     with publishing(folder / CHECKPOINTS, step, facts) as draft:
         _ask(team.trainers, "save", draft, what=f"saving step {step}")
@@ -272,20 +289,34 @@ def _record(
     settings: RunSettings,
     step: int,
     step_s: float,
-    tokens_seen: int,
+    before: Mapping[str, Any],
     trainers: list[TrainerReport],
     servers: list[tuple[ServerReport, float]],
 ) -> StepRecord:
-    """One step's numbers from all workers' reports."""
-    first, busy_s = trainers[0], _busy_s(trainers, servers)
-    capacity = pool_of(settings).capacity
-    return StepRecord(
+    """One step's numbers from all workers' reports; what is counted goes on from the step before."""
+    first, tokens = trainers[0], settings.train.tokens_per_step
+    targets_seen = before.get("targets_seen")
+    record = StepRecord(
         step=step,
         num_steps=settings.train.steps,
-        loss=sum(t.summed_loss for t in trainers) / first.targets,
-        tokens=settings.train.tokens_per_step,
+        loss=None,
+        tokens=tokens,
+        targets=first.targets,
         step_s=step_s,
-        tokens_seen=tokens_seen,
+        tokens_seen=before["tokens_seen"] + tokens,
+        targets_seen=None if targets_seen is None else targets_seen + first.targets,
+        data_wait_s=max(t.data_wait_s for t in trainers),
+        num_documents=len(first.lengths),
+        epoch=float(first.epoch),
+        trainer_rss_mib=max(t.rss_mib for t in trainers),
+        server_rss_mib=max((rss for _, rss in servers), default=None),
+    )
+    if not first.targets:
+        return record
+    busy_s, capacity = _busy_s(trainers, servers), pool_of(settings).capacity
+    return replace(
+        record,
+        loss=sum(t.summed_loss for t in trainers) / first.targets,
         grad_norm=first.grad_norm,
         learning_rate=first.learning_rate,
         imbalance_before=first.plan.imbalance_before(),
@@ -297,11 +328,6 @@ def _record(
         attention_s=max(busy_s),
         wait_s=sum(t.exchange.wait_s for t in trainers) / len(trainers),
         server_busy_s=busy_s,
-        data_wait_s=max(t.data_wait_s for t in trainers),
-        num_documents=len(first.lengths),
-        epoch=float(first.epoch),
-        trainer_rss_mib=max(t.rss_mib for t in trainers),
-        server_rss_mib=max((rss for _, rss in servers), default=None),
     )
 
 
@@ -324,7 +350,10 @@ class _Reporter:
         if self._monitor.wants_pictures(record.step):
             self._monitor.documents(record.step, np.concatenate(self._lengths))
             self._lengths.clear()
-            self._show_load(record, trainers[0].plan)
+            if trainers[0].plan:
+                self._show_load(record, trainers[0].plan)
+        if not record.targets:
+            self._monitor.event(record.step, "no targets: weights and optimizer stay as they are")
 
     def _show_load(self, record: StepRecord, plan: PlanSummary) -> None:
         """A bar per worker, trainers first: before planning they would do all the work, after it the pool does."""
