@@ -28,6 +28,7 @@ from distca.errors import DataError
 from distca.order import Cursor, DocumentOrder, Pieces, next_pieces
 
 META, TOKENS, STARTS, LENGTHS = "meta.json", "tokens.bin", "starts.bin", "lengths.bin"
+LABELS, TARGETS = "labels.bin", "targets.bin"
 NO_TARGET = -100  # what torch's cross entropy leaves out
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distca.config import load_settings
 from distca.errors import SettingsError
-from distca.launch.prepare import load_tokenizer
+from distca.launch.encode import load_tokenizer
 from distca.launch.publish import newest
 from distca.launch.train import CHECKPOINTS, RUN_FILE
 from distca.parallel.attach import build_model, read_config
@@ -40,7 +40,7 @@ def export(folder: Path, out: Path) -> int:
     draft = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         model.save_pretrained(draft)
-        load_tokenizer(settings.data).save_pretrained(draft)
+        load_tokenizer(settings.data, m.path, m.revision).save_pretrained(draft)
         draft.rename(out)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)

@@ -392,7 +392,7 @@ def _prepare(settings: RunSettings, console: Console) -> tuple[Path, ...]:
     refuse_kernels(config, backend_of(settings), DTYPES[settings.train.precision], device)
     costs_of(settings.planner)  # a table that cannot be read is refused here, before any process starts
     with console.status("preparing documents"):
-        return prepare(settings.data, config.vocab_size)
+        return prepare(settings.data, config.vocab_size, m.path, m.revision)
 
 
 def _with_kernel_times(settings: RunSettings, folder: Path) -> RunSettings:
