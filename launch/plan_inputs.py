@@ -20,7 +20,7 @@ def inputs_of_run(settings: RunSettings, micro_batch: int) -> PlanInputs:
     """What a run's trainers plan its n-th micro-batch from (1 is the first), under a causal mask."""
     m, planner = settings.model, settings.planner
     config = read_config(m.path, m.config, m.revision)
-    corpus = Corpus(prepare(settings.data, config.vocab_size))
+    corpus = Corpus(prepare(settings.data, config.vocab_size, m.path, m.revision))
     stream = DocumentStream(corpus, settings.data, settings.seed, settings.tokens_per_micro_batch)
     cursor = Cursor()
     for _ in range(micro_batch):

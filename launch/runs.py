@@ -27,7 +27,8 @@ from distca.config import FORMULAS, ModelSettings, RunSettings, dump_settings
 from distca.errors import DataError, SettingsError
 from distca.hardware import read_hardware, write_hardware
 from distca.launch.data import read_meta
-from distca.launch.prepare import find_prepared
+from distca.launch.encode import load_tokenizer
+from distca.launch.identity import find_prepared
 from distca.launch.publish import Published
 from distca.parallel.attach import read_config
 from distca.paths import looks_local
@@ -174,14 +175,12 @@ def _other_files(before: Sequence[tuple[str, str]], now: Sequence[tuple[str, str
 # ---- the model that a run is of ----
 
 
-def keep_model(
-    folder: Path, settings: RunSettings, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
+def keep_model(folder: Path, settings: RunSettings, config: PretrainedConfig, documents: Sequence[Path]) -> None:
     """Copy what a model is, besides its weights, into the run's folder."""
     own, model = folder / MODEL, settings.model
     own.mkdir()
     config.to_json_file(own / CONFIG, use_diff=False)  # whole: another version may have other defaults
-    if tokenizer is not None:
+    if (tokenizer := tokenizer_of_run(settings, any(read_meta(folder)["text"] for folder in documents))) is not None:
         tokenizer.save_pretrained(own)
     if model.path is not None:  # as it is: what its makers wrote may not pass today's checks
         generation = cached_file(
@@ -189,6 +188,20 @@ def keep_model(
         )
         if generation:
             shutil.copyfile(generation, own / GENERATION)
+
+
+def tokenizer_of_run(settings: RunSettings, is_text: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that texts became ids with; where the data held ids, the one that is named for them, or the
+    model's own, or none."""
+    named, model = settings.data.tokenizer, settings.model
+    if is_text or named not in (None, "bytes"):
+        return load_tokenizer(settings.data, model.path, model.revision)
+    if model.path is None:
+        return None
+    try:
+        return load_tokenizer(settings.data.model_copy(update={"tokenizer": None}), model.path, model.revision)
+    except SettingsError:  # the model's folder has none
+        return None
 
 
 def with_own_model(settings: RunSettings, folder: Path, checkpoint: Published) -> RunSettings:

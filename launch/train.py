@@ -415,7 +415,7 @@ def _prepare(
     """The run's documents; with a checkpoint, the ones that it was made with, wherever the files lie by now."""
     with console.status("preparing documents"):
         try:
-            documents = prepare(settings.data, config.vocab_size, settings.model.path)
+            documents = prepare(settings.data, config.vocab_size, settings.model.path, settings.model.revision)
         except (DataError, SettingsError) as error:
             kept = checkpoint and kept_documents(settings, checkpoint)
             if not kept:
