@@ -11,8 +11,8 @@ from distca.errors import SettingsError
 from distca.launch.prepare import load_tokenizer
 from distca.launch.publish import newest
 from distca.launch.train import CHECKPOINTS, RUN_FILE
-from distca.parallel.attach import build_model, read_config
 from distca.parallel.engine import DTYPES, full_weights
+from distca.parallel.models import build_model, read_config
 
 
 def export(folder: Path, out: Path) -> int:

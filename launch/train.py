@@ -47,8 +47,8 @@ from distca.launch.trainer import PlanSummary, Trainer, TrainerReport
 from distca.launch.verify import Comparison
 from distca.metrics import StepRecord
 from distca.order import Cursor
-from distca.parallel.attach import read_config, refuse_kernels
 from distca.parallel.engine import DTYPES, refuse_precision
+from distca.parallel.models import check_model
 from distca.parallel.server import ServerReport
 from distca.plan import imbalance
 
@@ -388,8 +388,7 @@ def _versions() -> dict[str, str]:
 
 def _prepare(settings: RunSettings, console: Console) -> tuple[Path, ...]:
     m, device = settings.model, "cuda" if _use_gpus(settings) else "cpu"
-    config = read_config(m.path, m.config, m.revision)
-    refuse_kernels(config, backend_of(settings), DTYPES[settings.train.precision], device)
+    config = check_model(m, backend_of(settings), DTYPES[settings.train.precision], device)
     costs_of(settings.planner)  # a table that cannot be read is refused here, before any process starts
     with console.status("preparing documents"):
         return prepare(settings.data, config.vocab_size)
