@@ -48,7 +48,7 @@ from distca.launch.verify import Comparison
 from distca.metrics import StepRecord
 from distca.order import Cursor
 from distca.parallel.engine import DTYPES, refuse_precision
-from distca.parallel.models import check_model
+from distca.parallel.models import check_model, position_warning
 from distca.parallel.server import ServerReport
 from distca.plan import imbalance
 
@@ -391,7 +391,12 @@ def _prepare(settings: RunSettings, console: Console) -> tuple[Path, ...]:
     config = check_model(m, backend_of(settings), DTYPES[settings.train.precision], device)
     costs_of(settings.planner)  # a table that cannot be read is refused here, before any process starts
     with console.status("preparing documents"):
-        return prepare(settings.data, config.vocab_size)
+        documents = prepare(settings.data, config.vocab_size)
+    longest = max((int(lengths.max(initial=0)) for lengths in Corpus(documents).lengths), default=0)
+    limit = min(settings.data.max_document_tokens or longest, settings.tokens_per_micro_batch)
+    if sentence := position_warning(config, min(longest, limit)):
+        logger.warning(sentence)
+    return documents
 
 
 def _with_kernel_times(settings: RunSettings, folder: Path) -> RunSettings:

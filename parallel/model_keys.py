@@ -50,7 +50,7 @@ ROTATES_A_PART = ("phi3",)  # families that read partial_rotary_factor
 
 
 def key_problems(raw: dict[str, Any], known: Collection[str]) -> list[str]:
-    """One problem for every key that no class of this family reads."""
+    """One problem for every key that is not among the known."""
     return [f"no such key {key!r}; {_hint(key, known)}" for key in raw if key not in known]
 
 
@@ -72,11 +72,17 @@ def value_problems(raw: dict[str, Any]) -> list[str]:
         if raw.get(key) is not None and not (_is_int(raw[key]) and raw[key] >= 1):
             problems.append(f"{key} = {raw[key]!r}: want a whole number of at least 1")
     for key in NOT_NEGATIVE:
-        if raw.get(key) is not None and not (_is_number(raw[key]) and raw[key] >= 0):
+        if raw.get(key) is not None and not (_is_number(raw[key]) and raw[key] >= 0) and key not in dict(floats):
             problems.append(f"{key} = {raw[key]!r}: want a number that is not negative")
     for key in SOFTCAPS:
         if raw.get(key) is not None and not (_is_number(raw[key]) and raw[key] > 0):
             problems.append(f"{key} = {raw[key]!r}: the model divides by it; want a positive number, or null")
+    if isinstance(kinds := raw.get("layer_types"), list):
+        wrong = sorted({repr(kind) for kind in kinds if kind not in LAYER_KINDS})
+        if wrong:
+            problems.append(
+                f"layer_types: there is no kind of layer {', '.join(wrong)}; known: {', '.join(LAYER_KINDS)}"
+            )
     return problems
 
 
@@ -100,11 +106,11 @@ def rope_problems(family: str, raw: dict[str, Any]) -> list[str]:
     problems += _partial_problems("partial_rotary_factor", family, raw)
     for key, value in given.items():
         if family in PER_LAYER_KIND and key == "rope_parameters":
-            problems += [
-                f"{key}: no such key {kind!r}; {family} wants one mapping for each of {', '.join(LAYER_KINDS)}"
-                for kind in value
-                if kind not in LAYER_KINDS
-            ]
+            if wrong := [repr(kind) for kind in value if kind not in LAYER_KINDS]:
+                problems.append(
+                    f"{key}: no such key {', '.join(wrong)}; {family} wants one mapping for each of "
+                    f"{', '.join(LAYER_KINDS)}"
+                )
             for kind in LAYER_KINDS:
                 inner = value.get(kind)
                 if inner is not None and not isinstance(inner, dict):
@@ -131,16 +137,14 @@ def _one_rope(path: str, family: str, rope: dict[str, Any]) -> list[str]:
         return [f"{path}: there is no rope_type {kind!r}; {hint}"]
     required, optional = ROPE_TYPES[kind]
     used = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *required, *optional}
+    if misspelled := [key for key in rope if key not in used and key not in ROPE_KEYS]:
+        return [f"{path}: no such key {key!r}; {_hint(key, ROPE_KEYS)}" for key in misspelled]
     problems = []
     for key in rope:
-        if key in used:
-            continue
-        if key in ROPE_KEYS:
+        if key not in used:
             takers = [name for name, (must, may) in ROPE_TYPES.items() if key in must + may]
-            advice = f"rope_type {' or '.join(takers)} does" + ("" if both else "; no rope_type is given")
+            advice = f"{' or '.join(takers)} does" + ("" if both else "; no rope_type is given")
             problems.append(f"{path}: rope_type {kind!r} does not use {key!r}; {advice}")
-        else:
-            problems.append(f"{path}: no such key {key!r}; {_hint(key, ROPE_KEYS)}")
     problems += [f"{path}: rope_type {kind!r} needs {key!r}" for key in required if rope.get(key) is None]
     for key, value in rope.items():
         if value is None and key == "rope_theta":

@@ -8,9 +8,11 @@ itself would give them, and a folder's weights are all seen before data and work
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -18,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,6 +27,7 @@ from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
 )
+from transformers.activations import ACT2FN
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
@@ -49,7 +51,7 @@ WEIGHT_ENDINGS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Keys that are no fields of a class, but read by it, by the model or by the loader
-READ_BY_ALL = {"model_type", "head_dim", "rope_scaling", "rope_theta", "torch_dtype", "architectures", "num_labels"}
+READ_BY_ALL = {"model_type", "head_dim", "rope_scaling", "rope_theta", "torch_dtype"}
 READ_BY = {
     "phi3": {"partial_rotary_factor"},
     "gemma3_text": {"sliding_window_pattern", "rope_local_base_freq"},
@@ -83,6 +85,10 @@ def read_config(path: str | None, config: dict | None, revision: str | None = No
         raise Unsupported(f"model type {family!r} has not been proved exact; these have: {', '.join(FAMILIES)}")
     problems = _unknown_keys(raw, family, written_here=config is not None, where=where)
     problems += value_problems(raw) + rope_problems(family, raw)
+    for key in ("hidden_act", "hidden_activation"):
+        if raw.get(key) is not None and raw[key] not in ACT2FN and key in _fields_of(family):
+            near = difflib.get_close_matches(str(raw[key]), ACT2FN, 1)
+            problems.append(f"{key} = {raw[key]!r} is no activation" + (f"; did you mean {near[0]!r}?" if near else ""))
     if problems:
         raise SettingsError(f"{where}: {_joined(problems)}")
     with _without_advice():
@@ -92,7 +98,10 @@ def read_config(path: str | None, config: dict | None, revision: str | None = No
             else:
                 found = AutoConfig.from_pretrained(_expand(path), revision=revision, trust_remote_code=False)
         except Exception as error:  # whatever a class makes of values it did not expect
-            raise SettingsError(f"{where}: {reason(error)}") from None
+            raise SettingsError(f"{where}: {_field_words(error, raw) or reason(error)}") from None
+    if "sliding_attention" in (getattr(found, "layer_types", None) or ()) and found.sliding_window is None:
+        switch = " and use_sliding_window: true" if hasattr(found, "use_sliding_window") else ""
+        raise SettingsError(f"{where}: layer_types has sliding_attention: give sliding_window{switch}")
     _refuse_special_ids(found, raw, where)
     if config is None:
         _refuse_generation_ids(found, path)
@@ -125,20 +134,26 @@ def refuse_config(config: PretrainedConfig) -> None:
 
 
 def position_warning(config: PretrainedConfig, longest_piece: int) -> str | None:
-    """A sentence where documents reach positions that the rotary embedding was not made for."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None or longest_piece <= limit:
+    """A sentence where documents reach positions that the rotary embedding is not made for."""
+    limit = config.max_position_embeddings
+    rope = config.rope_parameters
+    rope = rope.get("full_attention") or rope
+    if (factor := rope.get("factor")) is not None:  # what scaling reaches, whether or not the limit has been raised too
+        limit = max(limit, int(factor * (rope.get("original_max_position_embeddings") or limit)))
+    if longest_piece <= limit:
         return None
     return (
-        f"documents of up to {longest_piece:,} tokens reach beyond the model's max_position_embeddings of {limit:,}: "
-        "positions past it are new to pretrained weights. Set data.max_document_tokens to at most that, or scale RoPE "
-        "(rope_parameters with rope_type yarn, llama3 or linear and a factor) and raise max_position_embeddings"
+        f"documents of up to {longest_piece:,} tokens go beyond position {limit:,}, the last that the model is made for "
+        "(max_position_embeddings); positions past it are trained as they come. To stay within, set "
+        "data.max_document_tokens; to reach further, scale RoPE (rope_parameters: rope_type yarn, llama3 or linear, and "
+        "a factor)"
     )
 
 
 def reason(error: BaseException) -> str:
     """All that an error says, in one line of bearable length."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    text = re.sub(r"^Class validation error for validator '\w+':\s*\w+: ", "", str(text))
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     text = " ".join(lines) or type(error).__name__
     return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1].rstrip()}…"
@@ -176,11 +191,15 @@ def _unknown_keys(raw: dict[str, Any], family: str, *, written_here: bool, where
     refused_elsewhere = READ_BY_NO_CLASS | set(BOOKKEEPING if not written_here else ())
     judged = {key: value for key, value in raw.items() if key not in refused_elsewhere or key in known}
     if written_here:
-        tolerated = {"_name_or_path", "name_or_path", "_commit_hash", "auto_map"}
-        return key_problems({k: v for k, v in judged.items() if k not in tolerated}, sorted(known))
+        tolerated = {"_name_or_path", "name_or_path", "_commit_hash", "auto_map", "num_labels"}
+        common = {
+            field.name for field in fields(PretrainedConfig)
+        } | tolerated  # to all models, so nobody's misspelling
+        return key_problems({key: v for key, v in judged.items() if key not in common}, sorted(known - common))
     elsewhere = set().union(*(_fields_of(name) for name in FAMILIES))
     problems = near_misses(judged, sorted(known), elsewhere)
-    if not problems and (rest := [key for key in judged if key not in known]):
+    off = (False, None)  # a feature of some other day that is switched off
+    if not problems and (rest := [key for key, value in judged.items() if key not in known and value not in off]):
         logger.warning("%s: %s has keys that a %s model does not read: %s", where, CONFIG_FILE, family, ", ".join(rest))
     return problems
 
@@ -228,6 +247,19 @@ def _outside(ids: Any, vocab_size: int) -> list:
 
 def _outside_words(name: str, wrong: list, vocab_size: int) -> str:
     return f"{name} = {', '.join(map(repr, wrong))} is no token of a vocabulary of {vocab_size} (null means none)"
+
+
+def _field_words(error: Exception, raw: dict[str, Any]) -> str | None:
+    """A class's complaint about one field's type, in fewer words."""
+    if not (match := re.match(r"Validation error for field '(\w+)'", str(error))):
+        return None
+    key, kinds = match[1], {field.name: field.type for field in fields(CONFIG_MAPPING[raw["model_type"]])}
+    kind = getattr(kinds[key], "__name__", None) or str(kinds[key])
+    if "RopeParameters" in kind:
+        return None
+    for python, words in (("NoneType", "null"), ("None", "null"), (" | ", " or ")):
+        kind = kind.replace(python, words)
+    return f"{key} = {raw.get(key)!r}: want {kind}"
 
 
 def _joined(problems: list[str]) -> str:
@@ -330,10 +362,8 @@ def _headers(folder: Path, path: str) -> dict[str, torch.Tensor]:
             part = load_state_dict(str(file), map_location="meta")
             assert isinstance(part, dict) and all(isinstance(x, torch.Tensor) for x in part.values()), "not all tensors"
             found |= part
-        except (SafetensorError, OSError, ValueError, RuntimeError, AssertionError, KeyError, EOFError) as error:
+        except Exception as error:  # whatever a safetensors header or a pickle ends in
             raise SettingsError(f"model.path: {file} is damaged or no weights: {reason(error)}") from None
-        except Exception as error:  # whatever pickle runs into
-            raise SettingsError(f"model.path: {file} cannot be read: {reason(error)}") from None
     if not found:
         raise SettingsError(f"model.path: {first} holds no weights")
     return found

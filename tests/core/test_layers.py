@@ -26,7 +26,6 @@ PLACES = {
     "triton": ["kernels"],
     "deepspeed": ["parallel/engine.py"],
     "transformers": ["parallel/attach.py", "parallel/models.py", "parallel/engine.py", "launch/prepare.py"],
-    "safetensors": ["parallel/models.py"],
     "datasets": ["launch/prepare.py"],
     "ray": ["launch/cluster.py"],
     "grpc": ["launch/cluster.py"],
