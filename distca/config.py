@@ -56,7 +56,7 @@ class ModelSettings(Settings):
     path: str | None = None
     """Weights to start from: a folder, or a name on the Hugging Face hub. Leave out to start from `config`."""
     revision: str | None = None
-    """Commit, tag or branch of a hub name."""
+    """Commit, tag or branch of `path`, where that is a hub name."""
     config: dict[str, Any] | None = None
     """A Hugging Face configuration (`model_type: llama`, `hidden_size: …`) for a model with fresh weights."""
     activation_checkpointing: bool = False
@@ -67,6 +67,15 @@ class ModelSettings(Settings):
         if (self.path is None) == (self.config is None):
             raise ValueError(
                 "give either `path` (weights to start from) or `config` (fresh weights), not both or neither"
+            )
+        for name in ("path", "revision"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise ValueError(f"`{name}` is empty: name something, or leave it out")
+        if self.revision is not None and (self.path is None or looks_local(self.path)):
+            raise ValueError(
+                "`revision` is of a name on the hub, but the model comes from "
+                + (f"the folder {self.path}" if self.path else "`config`")
+                + ": leave it out"
             )
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("`config` needs `model_type`, for example `model_type: llama`")

@@ -10,8 +10,8 @@ from distca.config import load_settings
 from distca.errors import SettingsError
 from distca.launch.publish import newest
 from distca.launch.runs import CHECKPOINTS, CONFIG, MODEL, RUN_FILE, read_own_config
-from distca.parallel.attach import build_model, read_config
 from distca.parallel.engine import DTYPES, full_weights
+from distca.parallel.models import build_model, read_config
 
 
 def export(folder: Path, out: Path) -> int:

@@ -30,7 +30,7 @@ from distca.launch.data import read_meta
 from distca.launch.encode import load_tokenizer
 from distca.launch.identity import find_prepared
 from distca.launch.publish import Published
-from distca.parallel.attach import read_config
+from distca.parallel.models import read_config
 from distca.paths import looks_local
 
 RUN_FILE, CHECKPOINTS, KERNEL_TIMES, MODEL = "run.yaml", "checkpoints", "kernel_times.yaml", "model"

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,8 +59,8 @@ from distca.launch.trainer import PlanSummary, Trainer, TrainerReport
 from distca.launch.verify import Comparison
 from distca.metrics import StepRecord
 from distca.order import Cursor
-from distca.parallel.attach import read_config, refuse_kernels
 from distca.parallel.engine import DTYPES, refuse_precision
+from distca.parallel.models import check_model, position_warning
 from distca.parallel.server import ServerReport
 from distca.plan import imbalance
 
@@ -403,8 +404,7 @@ def _versions() -> dict[str, str]:
 def _check(settings: RunSettings) -> PretrainedConfig:
     """The model's configuration; whatever can be refused without documents and processes is refused here."""
     m, device = settings.model, "cuda" if _use_gpus(settings) else "cpu"
-    config = read_config(m.path, m.config, m.revision)
-    refuse_kernels(config, backend_of(settings), DTYPES[settings.train.precision], device)
+    config = check_model(m, backend_of(settings), DTYPES[settings.train.precision], device)
     costs_of(settings.planner)  # a table that cannot be read
     return config
 
@@ -424,6 +424,10 @@ def _prepare(
             return kept
     if checkpoint:
         refuse_other_documents(documents, checkpoint)
+    longest = max(int(lengths.max()) for lengths in Corpus(documents).lengths)
+    limit = min(settings.data.max_document_tokens or longest, settings.tokens_per_micro_batch)
+    if sentence := position_warning(config, min(longest, limit)):
+        logger.warning(sentence)
     return documents
 
 

@@ -29,7 +29,7 @@ from distca.launch.runs import (
     with_kernel_times,
     with_own_model,
 )
-from distca.parallel.attach import read_config
+from distca.parallel.models import read_config
 
 # ---- paths ----
 
