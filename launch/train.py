@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import platform
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -41,9 +39,11 @@ from distca.launch.cluster import (
 from distca.launch.data import Corpus
 from distca.launch.monitor import Monitor
 from distca.launch.prepare import prepare
-from distca.launch.publish import Published, newest, prune, publishing
+from distca.launch.publish import Published, newest, prune, publishing, steps_published
 from distca.launch.server import DedicatedServer, Meeting, backend_of, pool_of
+from distca.launch.stop import finishing
 from distca.launch.trainer import PlanSummary, Trainer, TrainerReport
+from distca.launch.unforeseen import in_words
 from distca.launch.verify import Comparison
 from distca.metrics import StepRecord
 from distca.order import Cursor
@@ -95,6 +95,7 @@ def verify(settings: RunSettings, console: Console, insecure: bool = False) -> C
     documents = _prepare(settings, console)
     with (
         _new_folder(settings, prefix="verify-") as folder,
+        _accounted(folder),
         _team(_with_kernel_times(settings, folder), folder, documents, console, insecure) as team,
         console.status("one step distributed, and one on one device"),
     ):
@@ -170,10 +171,11 @@ def _run(
     """Steps after `start` (or all), to the end of the run or until asked to stop."""
     steps, done = settings.train.steps, start.step if start else 0
     cursor = Cursor(*start.facts["cursor"]) if start else Cursor()
-    with _team(settings, folder, documents, console, insecure) as team, _stop_request() as stop:
+    with _accounted(folder), _team(settings, folder, documents, console, insecure) as team:
         if start:
             _ask(team.trainers, "load", start.path, what="loading the checkpoint")
         _ask(team.trainers, "seek", done + 1, cursor, what="reading its documents")
+        asked = finishing()  # until here a request ends the command, and nothing of it is left
         _write_settings(settings, folder)
         monitor = Monitor(folder, settings.monitor, first_step=done + 1)
         try:
@@ -192,12 +194,11 @@ def _run(
                         "here; its newest checkpoint is of step "
                         f"{saved}. Try a lower train.optimizer.learning_rate or a longer train.schedule.warmup_steps"
                     )
-                stopping = stop.is_set()  # looked at once: who stops has saved
-                if _is_due(settings, step) or stopping:
+                if _is_due(settings, step) or asked.is_set():
                     save_s = _publish(settings, folder, documents, team, step, trainers[0], monitor)
                     saved, record = step, replace(record, checkpoint_save_s=save_s)
                 reporter.show(record, trainers)
-                if stopping and step < steps:
+                if asked.is_set() and saved == step < steps:
                     raise TryAgain(
                         f"stopped as asked after step {step}, with a checkpoint; go on with: distca resume {folder}"
                     )
@@ -420,10 +421,25 @@ def _new_folder(settings: RunSettings, prefix: str = "") -> Iterator[Path]:
     folder = _make_folder(settings, prefix)
     try:
         yield folder
-    except (SettingsError, DataError, TryAgain):
+    except (SettingsError, DataError, TryAgain, KeyboardInterrupt):
         if not (folder / RUN_FILE).exists():
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _accounted(folder: Path) -> Iterator[None]:
+    """What nobody foresaw leaves in words, its traceback among the run's logs, and with the way to go on."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        told, steps = in_words(error, folder / "logs" / "driver.txt"), steps_published(folder / CHECKPOINTS)
+        if steps:
+            go_on = f"the newest checkpoint is of step {steps[0]}; go on with: distca resume {folder}"
+            raise type(told)(f"{told}; {go_on}") from error
+        raise told from error
 
 
 def _make_folder(settings: RunSettings, prefix: str) -> Path:
@@ -445,23 +461,3 @@ def _use_gpus(settings: RunSettings) -> bool:
     """Whether every worker gets a GPU."""
     wanted, num_workers = settings.parallel.device, settings.parallel.trainers + settings.parallel.servers
     return wanted == "cuda" or (wanted == "auto" and torch.cuda.device_count() >= num_workers)
-
-
-@contextmanager
-def _stop_request() -> Iterator[threading.Event]:
-    """Set when somebody asks the run to stop (Ctrl-C, SIGTERM): the step is finished and saved. The second time is at
-    once."""
-    stop = threading.Event()
-
-    def ask(_signal, _frame):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        logger.warning("finishing the step and saving it; once more to stop at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
