@@ -39,7 +39,6 @@ MOST_NAMED = 5  # files in one sentence
 
 BOUND = (
     *("seed", "parallel.trainers", "parallel.zero_stage", "train.precision"),
-    *("train.optimizer.weight_decay", "train.optimizer.beta1", "train.optimizer.beta2", "train.optimizer.eps"),
     *("data.sources.*.weight", "data.max_document_tokens"),
 )
 """What a checkpoint's files, or its place in the data, have a meaning under. The model and the documents are compared
@@ -120,8 +119,8 @@ def changes_since(checkpoint: Published, settings: RunSettings) -> list[str]:
     wrong = [f"{name}: {old} (asked for {new})" for name, old, new in changed if _is_one_of(name, BOUND)]
     if wrong:
         raise SettingsError(
-            f"{checkpoint.path} can only be resumed with {', '.join(wrong)}; steps, schedule, learning rate, tokens "
-            "per step and attention servers may change"
+            f"{checkpoint.path} can only be resumed with {', '.join(wrong)}; steps, schedule, optimizer, tokens per "
+            "step and attention servers may change"
         )
     return [f"{name} {old} → {new}" for name, old, new in changed if not _is_one_of(name, ELSEWHERE)]
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import platform
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -40,7 +38,7 @@ from distca.launch.cluster import (
 from distca.launch.data import Corpus, first_step_with_targets
 from distca.launch.monitor import Monitor
 from distca.launch.prepare import prepare
-from distca.launch.publish import Published, newest, prune, publishing
+from distca.launch.publish import Published, newest, prune, publishing, steps_published
 from distca.launch.runs import (
     CHECKPOINTS,
     RUN_FILE,
@@ -55,7 +53,9 @@ from distca.launch.runs import (
     write_settings,
 )
 from distca.launch.server import DedicatedServer, Meeting, backend_of, pool_of
+from distca.launch.stop import finishing
 from distca.launch.trainer import PlanSummary, Trainer, TrainerReport
+from distca.launch.unforeseen import in_words
 from distca.launch.verify import Comparison
 from distca.metrics import StepRecord
 from distca.order import Cursor
@@ -115,6 +115,7 @@ def verify(settings: RunSettings, console: Console, insecure: bool = False) -> C
     step, cursor = first_step_with_targets(settings, documents)
     with (
         _new_folder(settings, prefix="verify-") as folder,
+        _accounted(folder),
         _team(with_kernel_times(settings, folder), folder, documents, console, insecure) as team,
         console.status("one step distributed, and one on one device"),
     ):
@@ -180,7 +181,7 @@ def _team(
 
 
 def _run(
-    asked: RunSettings,
+    run_file: RunSettings,
     settings: RunSettings,
     folder: Path,
     documents: tuple[Path, ...],
@@ -190,18 +191,19 @@ def _run(
 ) -> None:
     """Steps after `start` (or all), to the end of the run or until asked to stop.
 
-    `asked` is what the run's file says, `settings` what its workers go by: after `start` the run's own model."""
+    `run_file` is what the run's file says, `settings` what its workers go by: after `start` the run's own model."""
     steps, done = settings.train.steps, start.step if start else 0
     cursor = Cursor(*start.facts["cursor"]) if start else Cursor()
-    with _team(settings, folder, documents, console, insecure) as team, _stop_request() as stop:
+    with _accounted(folder), _team(settings, folder, documents, console, insecure) as team:
         if start:
             _ask(team.trainers, "load", start.path, what="loading the checkpoint")
         _ask(team.trainers, "seek", done + 1, cursor, what="reading its documents")
-        write_settings(asked, folder)
+        asked = finishing()  # until here a request ends the command, and nothing of it is left
+        write_settings(run_file, folder)
         before = start.facts.get("record") if start else None  # checkpoints of older versions have none
         monitor = Monitor(folder, settings.monitor, first_step=done + 1, before=before)
         try:
-            monitor.start(dump_settings(asked), _versions() | _describe(settings, team, documents, console))
+            monitor.start(dump_settings(run_file), _versions() | _describe(settings, team, documents, console))
             reporter = _Reporter(settings, team, monitor, console)
             seen = before or dict(tokens_seen=done * settings.train.tokens_per_step, targets_seen=None if done else 0)
             saved = done
@@ -217,13 +219,12 @@ def _run(
                         "here; its newest checkpoint is of step "
                         f"{saved}. Try a lower train.optimizer.learning_rate or a longer train.schedule.warmup_steps"
                     )
-                stopping = stop.is_set()  # looked at once: who stops has saved
-                if _is_due(settings, step) or stopping:
+                if _is_due(settings, step) or asked.is_set():
                     _refuse_bad_weights(team, step, saved)
-                    save_s = _publish(asked, folder, documents, team, record, trainers[0], monitor)
+                    save_s = _publish(run_file, folder, documents, team, record, trainers[0], monitor)
                     saved, record = step, replace(record, checkpoint_save_s=save_s)
                 reporter.show(record, trainers)
-                if stopping and step < steps:
+                if asked.is_set() and saved == step < steps:
                     raise TryAgain(
                         f"stopped as asked after step {step}, with a checkpoint; go on with: distca resume {folder}"
                     )
@@ -437,10 +438,25 @@ def _new_folder(settings: RunSettings, prefix: str = "") -> Iterator[Path]:
     folder = _make_folder(settings, prefix)
     try:
         yield folder
-    except (SettingsError, DataError, TryAgain):
+    except (SettingsError, DataError, TryAgain, KeyboardInterrupt):
         if not (folder / RUN_FILE).exists():
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _accounted(folder: Path) -> Iterator[None]:
+    """What nobody foresaw leaves in words, its traceback among the run's logs, and with the way to go on."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        told, steps = in_words(error, folder / "logs" / "driver.txt"), steps_published(folder / CHECKPOINTS)
+        if steps:
+            go_on = f"the newest checkpoint is of step {steps[0]}; go on with: distca resume {folder}"
+            raise type(told)(f"{told}; {go_on}") from error
+        raise told from error
 
 
 def _make_folder(settings: RunSettings, prefix: str) -> Path:
@@ -462,23 +478,3 @@ def _use_gpus(settings: RunSettings) -> bool:
     """Whether every worker gets a GPU."""
     wanted, num_workers = settings.parallel.device, settings.parallel.trainers + settings.parallel.servers
     return wanted == "cuda" or (wanted == "auto" and torch.cuda.device_count() >= num_workers)
-
-
-@contextmanager
-def _stop_request() -> Iterator[threading.Event]:
-    """Set when somebody asks the run to stop (Ctrl-C, SIGTERM): the step is finished and saved. The second time is at
-    once."""
-    stop = threading.Event()
-
-    def ask(_signal, _frame):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        logger.warning("finishing the step and saving it; once more to stop at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

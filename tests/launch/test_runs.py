@@ -134,7 +134,6 @@ def test_what_changes_at_a_resume_is_said(tmp_path, section, changed, said):
     ("section", "changed", "said"),
     [
         ("train", dict(precision="bf16"), "train.precision: fp32 (asked for bf16)"),
-        ("train", dict(optimizer=dict(beta2=0.99)), "train.optimizer.beta2: 0.95 (asked for 0.99)"),
         ("parallel", dict(zero_stage=2), "parallel.zero_stage: 1 (asked for 2)"),
         ("data", dict(max_document_tokens=8), "data.max_document_tokens: None (asked for 8)"),
     ],
