@@ -35,6 +35,7 @@ from distca.paths import looks_local
 
 RUN_FILE, CHECKPOINTS, KERNEL_TIMES, MODEL = "run.yaml", "checkpoints", "kernel_times.yaml", "model"
 CONFIG, GENERATION = "config.json", "generation_config.json"
+PROVENANCE = ("_name_or_path", "transformers_version", "architectures*", "dtype", "torch_dtype")  # changes no model
 MOST_NAMED = 5  # files in one sentence
 
 BOUND = (
@@ -179,7 +180,8 @@ def keep_model(folder: Path, settings: RunSettings, config: PretrainedConfig, do
     own, model = folder / MODEL, settings.model
     own.mkdir()
     config.to_json_file(own / CONFIG, use_diff=False)  # whole: another version may have other defaults
-    if (tokenizer := tokenizer_of_run(settings, any(read_meta(folder)["text"] for folder in documents))) is not None:
+    tokenizer = tokenizer_of_run(settings, any(read_meta(of_source)["text"] for of_source in documents))
+    if tokenizer is not None:
         tokenizer.save_pretrained(own)
     if model.path is not None:  # as it is: what its makers wrote may not pass today's checks
         generation = cached_file(
@@ -211,7 +213,8 @@ def with_own_model(settings: RunSettings, folder: Path, checkpoint: Published) -
     asked, began = settings.model, ModelSettings.model_validate(checkpoint.facts["settings"]["model"])
     if (asked.path, asked.revision, asked.config) != (began.path, began.revision, began.config):
         other = read_config(asked.path, asked.config, asked.revision).to_dict()
-        wrong = [f"{name}: {old} (asked for {new})" for name, old, new in differences(own, other)]
+        changed = [change for change in differences(own, other) if not _is_one_of(change[0], PROVENANCE)]
+        wrong = [f"{name}: {old} (asked for {new})" for name, old, new in changed]
         if wrong:
             raise SettingsError(f"{checkpoint.path} is of another model: {', '.join(wrong)}")
     model = ModelSettings(config=own, activation_checkpointing=asked.activation_checkpointing)

@@ -190,7 +190,7 @@ def run_of(tmp_path, settings) -> Path:
     run = tmp_path / "run"
     run.mkdir()
     config = read_config(settings.model.path, settings.model.config, settings.model.revision)
-    keep_model(run, settings, config, transformers.ByT5Tokenizer(extra_ids=0))
+    keep_model(run, settings, config, prepare(settings.data, 96))
     return run
 
 
