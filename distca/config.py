@@ -149,15 +149,15 @@ class DataSettings(Settings):
 class OptimizerSettings(Settings):
     """AdamW."""
 
-    learning_rate: float = Field(3e-4, ge=0, allow_inf_nan=False)
+    learning_rate: float = Field(3e-4, ge=0, le=1e30, allow_inf_nan=False)
     """Peak of the schedule."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.1, ge=0, le=1e6)
     """Decoupled; not applied to vectors (norms, biases)."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay per step of the mean of gradients."""
     beta2: float = Field(0.95, ge=0, lt=1)
     """Decay per step of the mean of squared gradients."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, gt=0, le=1e30)
     """Added to the root of the squared gradients' mean."""
 
 

@@ -30,7 +30,7 @@ from distca.launch.data import read_meta
 from distca.launch.encode import load_tokenizer
 from distca.launch.identity import find_prepared
 from distca.launch.publish import Published
-from distca.parallel.models import read_config
+from distca.parallel.models import mapping_of, read_config
 from distca.paths import looks_local
 
 RUN_FILE, CHECKPOINTS, KERNEL_TIMES, MODEL = "run.yaml", "checkpoints", "kernel_times.yaml", "model"
@@ -179,7 +179,8 @@ def keep_model(folder: Path, settings: RunSettings, config: PretrainedConfig, do
     """Copy what a model is, besides its weights, into the run's folder."""
     own, model = folder / MODEL, settings.model
     own.mkdir()
-    config.to_json_file(own / CONFIG, use_diff=False)  # whole: another version may have other defaults
+    whole = mapping_of(config)  # with defaults: another version may have others
+    (own / CONFIG).write_text(json.dumps(whole, indent=2), encoding="utf-8")
     tokenizer = tokenizer_of_run(settings, any(read_meta(of_source)["text"] for of_source in documents))
     if tokenizer is not None:
         tokenizer.save_pretrained(own)
@@ -212,7 +213,7 @@ def with_own_model(settings: RunSettings, folder: Path, checkpoint: Published) -
     own = read_own_config(folder)
     asked, began = settings.model, ModelSettings.model_validate(checkpoint.facts["settings"]["model"])
     if (asked.path, asked.revision, asked.config) != (began.path, began.revision, began.config):
-        other = read_config(asked.path, asked.config, asked.revision).to_dict()
+        other = mapping_of(read_config(asked.path, asked.config, asked.revision))
         changed = [change for change in differences(own, other) if not _is_one_of(change[0], PROVENANCE)]
         wrong = [f"{name}: {old} (asked for {new})" for name, old, new in changed]
         if wrong:

@@ -197,6 +197,8 @@ def _run(
     with _accounted(folder), _team(settings, folder, documents, console, insecure) as team:
         if start:
             _ask(team.trainers, "load", start.path, what="loading the checkpoint")
+        elif not _weights_are_finite(team):
+            raise SettingsError(f"model.path: the weights in {settings.model.path} hold numbers that are not finite")
         _ask(team.trainers, "seek", done + 1, cursor, what="reading its documents")
         asked = finishing()  # until here a request ends the command, and nothing of it is left
         write_settings(run_file, folder)
@@ -220,7 +222,11 @@ def _run(
                         f"{saved}. Try a lower train.optimizer.learning_rate or a longer train.schedule.warmup_steps"
                     )
                 if _is_due(settings, step) or asked.is_set():
-                    _refuse_bad_weights(team, step, saved)
+                    if not _weights_are_finite(team):
+                        raise UserError(
+                            f"step {step} left weights that are not finite: the run stops here without saving them; "
+                            f"its newest checkpoint is of step {saved}. Try a lower train.optimizer.learning_rate"
+                        )
                     save_s = _publish(run_file, folder, documents, team, record, trainers[0], monitor)
                     saved, record = step, replace(record, checkpoint_save_s=save_s)
                 reporter.show(record, trainers)
@@ -249,13 +255,8 @@ def _step(team: Team, step: int) -> list[TrainerReport]:
         raise
 
 
-def _refuse_bad_weights(team: Team, step: int, saved: int) -> None:
-    """No checkpoint holds weights that are not numbers."""
-    if not all(_ask(team.trainers, "weights_are_finite", what=f"looking at the weights of step {step}")):
-        raise UserError(
-            f"step {step} left weights that are not finite: they are not saved, and the run stops here; its newest "
-            f"checkpoint is of step {saved}. Try a lower train.optimizer.learning_rate"
-        )
+def _weights_are_finite(team: Team) -> bool:
+    return all(_ask(team.trainers, "weights_are_finite", what="looking at the weights"))
 
 
 def _is_due(settings: RunSettings, step: int) -> bool:

@@ -204,6 +204,13 @@ def _unknown_keys(raw: dict[str, Any], family: str, *, written_here: bool, where
     return problems
 
 
+def mapping_of(config: PretrainedConfig) -> dict[str, Any]:
+    """A configuration that was read, as a mapping for `read_config`: all that its class reads, defaults too."""
+    common = {field.name for field in fields(PretrainedConfig)}
+    own = common | _fields_of(config.model_type) | READ_BY_ALL | READ_BY.get(config.model_type, set())
+    return {key: value for key, value in config.to_dict().items() if key in own}
+
+
 def _fields_of(family: str) -> set[str]:
     kind = CONFIG_MAPPING[family]
     return {field.name for field in fields(kind)} | set(kind.attribute_map)

@@ -228,9 +228,12 @@ def test_verify_takes_the_first_step_with_targets_and_mixes_sources_with_labels_
     settings = settings_of(tmp_path, 2, precision, trainers=2, servers=1)
     masked = Masked(tmp_path, settings)
     assert verified(settings, masked.folders).step == 1
-    labels = [np.where(np.arange(len(x)) < 200, NO_TARGET, x) for x in masked.labels]
+    labels = [x.copy() for x in masked.labels]
+    for p in masked.steps[0]:
+        for row, start, end in zip(p.row, p.start, p.end, strict=True):
+            labels[row][start:end] = NO_TARGET
     late = (write_prepared(tmp_path / "late", masked.ids, labels),)
-    assert verified(settings, late).step > 1
+    assert verified(settings, late).step == 2
     two = settings.data.model_copy(update={"sources": settings.data.sources * 2})
     settings = settings.model_copy(update={"data": two})
     both = (*masked.folders, write_prepared(tmp_path / "plain", masked.ids, None))
@@ -284,11 +287,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_reported(tmp_path,
     assert same(before, after)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
-def test_weights_that_an_update_made_infinite_are_noticed(tmp_path, zero_stage):
-    train = dict(optimizer=dict(learning_rate=1e39), schedule=dict(name="constant"))
-    settings = settings_of(tmp_path, train=train, trainers=2, zero_stage=zero_stage)
-    with Team(settings) as team:
-        team.ask(team.trainers, "seek", 1, Cursor())
-        team.ask(team.trainers, "step")
+class Poisoned(Trainer):
+    """Starts from weights that hold a number which is none, in a row that no document reads."""
+
+    def connect(self) -> None:
+        with torch.no_grad():
+            self._module.model.get_input_embeddings().weight[95, 0] = torch.nan
+        super().connect()
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_weights_that_are_not_finite_are_noticed(tmp_path, zero_stage):
+    settings = settings_of(tmp_path, trainers=2, zero_stage=zero_stage)
+    with Team(settings, Poisoned) as team:
         assert not all(team.ask(team.trainers, "weights_are_finite"))
