@@ -114,7 +114,7 @@ def refuse_config(config: PretrainedConfig) -> None:
     dropout = getattr(config, "attention_dropout", 0.0)
     if dropout != 0:
         raise Unsupported(f"attention_dropout = {dropout} is not supported: set it to 0.0 in the model's configuration")
-    if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
+    if getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", True) is not True:
         raise Unsupported("bidirectional attention is not supported: only causal language models can be trained")
     if getattr(config, "is_heterogeneous", False):
         raise Unsupported("per_layer_config is not supported: all layers must have the same heads")
@@ -143,10 +143,10 @@ def position_warning(config: PretrainedConfig, longest_piece: int) -> str | None
     if longest_piece <= limit:
         return None
     return (
-        f"documents of up to {longest_piece:,} tokens go beyond position {limit:,}, the last that the model is made for "
-        "(max_position_embeddings); positions past it are trained as they come. To stay within, set "
-        "data.max_document_tokens; to reach further, scale RoPE (rope_parameters: rope_type yarn, llama3 or linear, and "
-        "a factor)"
+        f"documents of up to {longest_piece:,} tokens go beyond position {limit:,}, the last that the model is made "
+        "for (max_position_embeddings); positions past it are trained as they come. To stay within, set "
+        "data.max_document_tokens; to reach further, scale RoPE (rope_parameters: rope_type yarn, llama3 or linear, "
+        "and a factor)"
     )
 
 

@@ -2,6 +2,8 @@
 
 All but the last are refused before Ray starts, so they run here in this process."""
 
+import io
+import json
 import shutil
 import socket
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import yaml
 from documents import write_json_lines
+from rich.console import Console
 from team import TINY_LLAMA
 
 from distca.config import describe_settings, load_settings
@@ -96,6 +99,21 @@ MODELS = {
 }
 
 
+MODELS |= {
+    "misspelled": (
+        dict(rope_parameters=dict(rope_typ="linear", factor=4.0)),
+        "model.config: rope_parameters: no such key 'rope_typ'; did you mean 'rope_type'?",
+    ),
+    "no window": (
+        dict(model_type="mistral", sliding_window=0),
+        "sliding_window = 0 lets no row see a key: give how many keys a row sees, itself included, or null",
+    ),
+    "heads": (dict(num_key_value_heads=3), "8 query heads of size 8 cannot share 3 key/value heads evenly"),
+    "ids": (dict(eos_token_id=96), "model.config: eos_token_id = 96 is no token of a vocabulary of 96"),
+    "two lines": (dict(tie_word_embeddings="no"), "model.config: tie_word_embeddings = 'no': want bool"),
+}
+
+
 @pytest.mark.parametrize("command", ["train", "verify"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_model_that_cannot_be_trained_exactly_is_refused(folder, capsys, model, command):
@@ -117,6 +135,25 @@ def test_a_model_without_weights_is_refused(folder, capsys, offline):
         text = said(capsys, EXIT_SETTINGS, "train", run, "--model.config", "null", "--model.path", path)
         assert text.startswith(f"model: no configuration from {path}")
     assert_nothing_left(folder)
+
+
+@pytest.mark.parametrize("command", ["train", "verify"])
+def test_weights_of_another_shape_are_refused_before_data_and_ray(folder, capsys, command):
+    build_model(read_config(None, TINY_LLAMA), None, None, torch.float32, seed=0).save_pretrained(folder / "model")
+    config = json.loads((folder / "model/config.json").read_text())
+    (folder / "model/config.json").write_text(json.dumps(config | dict(vocab_size=100)))
+    capsys.readouterr()
+    run = write_run(folder)
+    text = said(capsys, EXIT_SETTINGS, command, run, "--model.config", "null", "--model.path", "model")
+    assert "embed_tokens.weight is (96, 64), the configuration wants (100, 64)" in text
+    assert_nothing_left(folder)
+
+
+def test_documents_longer_than_the_models_positions_are_said(folder, caplog):
+    settings = load_settings(write_run(folder, dict(max_position_embeddings=50)))
+    train._prepare(settings, Console(file=io.StringIO()))
+    (text,) = [r.getMessage() for r in caplog.records if "position" in r.getMessage()]
+    assert text.startswith("documents of up to 60 tokens go beyond position 50,")
 
 
 # ---- settings ----

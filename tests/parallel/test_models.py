@@ -617,7 +617,7 @@ class Attend(torch.autograd.Function):
 
 
 def assert_same(ours, theirs, what, whole=1e-30):
-    error = float((ours - theirs).norm() / theirs.norm().clamp_min(whole))
+    error = float((ours - theirs).detach().norm() / theirs.detach().norm().clamp_min(whole))
     assert error <= 1e-10, f"{what} differ by {error:.1e}"
 
 
