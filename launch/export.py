@@ -11,13 +11,15 @@ from distca.errors import SettingsError
 from distca.launch.publish import newest
 from distca.launch.runs import CHECKPOINTS, CONFIG, MODEL, RUN_FILE, read_own_config
 from distca.parallel.engine import DTYPES, full_weights
-from distca.parallel.models import build_model, read_config
+from distca.parallel.models import build_model, read_config, without_advice
 
 
 def export(folder: Path, out: Path) -> int:
     """Write the run's newest checkpoint to `out`, all or nothing; returns its step."""
     if out.exists():
         raise SettingsError(f"{out} exists already: name a folder that does not")
+    if not out.absolute().parent.is_dir():
+        raise SettingsError(f"{out}: there is no folder {out.absolute().parent}")
     settings = load_settings(folder / RUN_FILE)
     checkpoint = newest(folder / CHECKPOINTS)
     config = read_config(None, read_own_config(folder))
@@ -31,7 +33,8 @@ def export(folder: Path, out: Path) -> int:
 
     draft = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        model.save_pretrained(draft)
+        with without_advice():
+            model.save_pretrained(draft)
         for file in (folder / MODEL).iterdir():  # the tokenizer, and how the model is to generate
             if file.name != CONFIG:
                 shutil.copyfile(file, draft / file.name)

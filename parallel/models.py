@@ -91,7 +91,7 @@ def read_config(path: str | None, config: dict | None, revision: str | None = No
             problems.append(f"{key} = {raw[key]!r} is no activation" + (f"; did you mean {near[0]!r}?" if near else ""))
     if problems:
         raise SettingsError(f"{where}: {_joined(problems)}")
-    with _without_advice():
+    with without_advice():
         try:
             if config is not None:
                 found = AutoConfig.for_model(**raw)
@@ -295,7 +295,7 @@ def _name(settings: ModelSettings) -> str:
 
 def layers_of(config: PretrainedConfig, where: str = "model.config") -> list[AttentionCall]:
     """What every layer asks for, and the same as Transformers' own masks allow; from a model without memory."""
-    with _without_advice():
+    with without_advice():
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
@@ -319,7 +319,7 @@ def check_weights(config: PretrainedConfig, path: str) -> None:
             "bf16, fp16 or fp32"
         )
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with _without_advice():
+    with without_advice():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
         own = {name.removeprefix(f"{kind.base_model_prefix}.") for name in model.state_dict()}
@@ -413,7 +413,7 @@ def build_model(
     if path is not None:
         options = dict(revision=revision, config=config, dtype=dtype, trust_remote_code=False)
         options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # so that we refuse in our own words
-        with _without_advice():
+        with without_advice():
             try:
                 model, report = AutoModelForCausalLM.from_pretrained(
                     _expand(path), attn_implementation=attention, **options
@@ -430,7 +430,7 @@ def build_model(
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
+def without_advice() -> Iterator[None]:
     """Transformers' warnings and progress bars say what we refuse in words, or what nobody can act on."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
