@@ -12,7 +12,7 @@ from distca.launch.prepare import load_tokenizer
 from distca.launch.publish import newest
 from distca.launch.train import CHECKPOINTS, RUN_FILE
 from distca.parallel.engine import DTYPES, full_weights
-from distca.parallel.models import build_model, read_config
+from distca.parallel.models import build_model, read_config, without_advice
 
 
 def export(folder: Path, out: Path) -> int:
@@ -39,7 +39,8 @@ def export(folder: Path, out: Path) -> int:
 
     draft = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        model.save_pretrained(draft)
+        with without_advice():
+            model.save_pretrained(draft)
         load_tokenizer(settings.data).save_pretrained(draft)
         draft.rename(out)
     except BaseException:

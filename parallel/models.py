@@ -36,7 +36,7 @@ from distca.config import ModelSettings
 from distca.errors import SettingsError, Unsupported
 from distca.kernels.capability import refusal
 from distca.parallel.attach import CHECKED, NAME, AttentionCall, dry_run
-from distca.parallel.model_keys import key_problems, near_misses, rope_problems, value_problems
+from distca.parallel.model_keys import SOFTCAPS, key_problems, near_misses, rope_problems, value_problems
 from distca.paths import looks_local
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def read_config(path: str | None, config: dict | None, revision: str | None = No
             problems.append(f"{key} = {raw[key]!r} is no activation" + (f"; did you mean {near[0]!r}?" if near else ""))
     if problems:
         raise SettingsError(f"{where}: {_joined(problems)}")
-    with _without_advice():
+    with without_advice():
         try:
             if config is not None:
                 found = AutoConfig.for_model(**raw)
@@ -197,7 +197,8 @@ def _unknown_keys(raw: dict[str, Any], family: str, *, written_here: bool, where
         } | tolerated  # to all models, so nobody's misspelling
         return key_problems({key: v for key, v in judged.items() if key not in common}, sorted(known - common))
     elsewhere = set().union(*(_fields_of(name) for name in FAMILIES))
-    problems = near_misses(judged, sorted(known), elsewhere)
+    ours = [key for key in SOFTCAPS if raw.get(key) is not None and key not in known]  # our head reads it by name
+    problems = near_misses(judged, sorted(known), elsewhere) + key_problems(dict.fromkeys(ours), sorted(known))
     off = (False, None)  # a feature of some other day that is switched off
     if not problems and (rest := [key for key, value in judged.items() if key not in known and value not in off]):
         logger.warning("%s: %s has keys that a %s model does not read: %s", where, CONFIG_FILE, family, ", ".join(rest))
@@ -288,7 +289,7 @@ def _name(settings: ModelSettings) -> str:
 
 def layers_of(config: PretrainedConfig, where: str = "model.config") -> list[AttentionCall]:
     """What every layer asks for, and the same as Transformers' own masks allow; from a model without memory."""
-    with _without_advice():
+    with without_advice():
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
@@ -312,7 +313,7 @@ def check_weights(config: PretrainedConfig, path: str) -> None:
             "bf16, fp16 or fp32"
         )
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with _without_advice():
+    with without_advice():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
         own = {name.removeprefix(f"{kind.base_model_prefix}.") for name in model.state_dict()}
@@ -406,7 +407,7 @@ def build_model(
     if path is not None:
         options = dict(revision=revision, config=config, dtype=dtype, trust_remote_code=False)
         options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # so that we refuse in our own words
-        with _without_advice():
+        with without_advice():
             try:
                 model, report = AutoModelForCausalLM.from_pretrained(
                     _expand(path), attn_implementation=attention, **options
@@ -423,7 +424,7 @@ def build_model(
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
+def without_advice() -> Iterator[None]:
     """Transformers' warnings and progress bars say what we refuse in words, or what nobody can act on."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
