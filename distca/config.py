@@ -9,6 +9,7 @@ errors, all errors are reported at once, and nothing outside this file and its o
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -389,10 +390,10 @@ for _side in (_Loader, _Dumper):
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSettings:
     """Read a run file and apply `--section.key value` overrides; raise `SettingsError` with every error found."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        values = _parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path}: cannot read the run file: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise SettingsError(f"{path}: not a YAML file: {error}") from None
     if not isinstance(values, dict):
         raise SettingsError(
@@ -401,6 +402,16 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSetting
     for key, value in _parse_overrides(overrides):
         _put(values, key, value)
     return validate_settings(values, str(path))
+
+
+def _parse(text: str) -> Any:
+    """Values of a YAML text; ValueError for whatever is none, or is written in a way that nobody means."""
+    try:
+        values = yaml.load(text, _Loader)
+        json.dumps(values, default=str, skipkeys=True)  # refuses what holds itself by an anchor
+        return values
+    except (yaml.YAMLError, RecursionError, OverflowError) as error:
+        raise ValueError(str(error)) from None
 
 
 def study_settings(overrides: Sequence[str]) -> StudySettings:
@@ -491,8 +502,8 @@ def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 raise SettingsError(f"--{key} needs a value")
             value = rest.pop(0)
         try:
-            yield key.replace("-", "_"), yaml.load(value, _Loader)
-        except yaml.YAMLError:
+            yield key.replace("-", "_"), _parse(value)
+        except ValueError:
             raise SettingsError(f"--{key}: cannot read {value!r} as a YAML value") from None
 
 
