@@ -56,7 +56,7 @@ class ModelSettings(Settings):
     path: str | None = None
     """Weights to start from: a folder, or a name on the Hugging Face hub. Leave out to start from `config`."""
     revision: str | None = None
-    """Commit, tag or branch of a hub name."""
+    """Commit, tag or branch of `path`, where that is a hub name."""
     config: dict[str, Any] | None = None
     """A Hugging Face configuration (`model_type: llama`, `hidden_size: …`) for a model with fresh weights."""
     activation_checkpointing: bool = False
@@ -67,6 +67,15 @@ class ModelSettings(Settings):
         if (self.path is None) == (self.config is None):
             raise ValueError(
                 "give either `path` (weights to start from) or `config` (fresh weights), not both or neither"
+            )
+        for name in ("path", "revision"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise ValueError(f"`{name}` is empty: name something, or leave it out")
+        if self.revision is not None and (self.path is None or looks_local(self.path)):
+            raise ValueError(
+                "`revision` is of a name on the hub, but the model comes from "
+                + (f"the folder {self.path}" if self.path else "`config`")
+                + ": leave it out"
             )
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("`config` needs `model_type`, for example `model_type: llama`")
@@ -140,23 +149,27 @@ class DataSettings(Settings):
 class OptimizerSettings(Settings):
     """AdamW."""
 
-    learning_rate: float = Field(3e-4, ge=0, allow_inf_nan=False)
+    learning_rate: float = Field(3e-4, ge=0, le=1e30, allow_inf_nan=False)
     """Peak of the schedule."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.1, ge=0, le=1e6)
     """Decoupled; not applied to vectors (norms, biases)."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay per step of the mean of gradients."""
     beta2: float = Field(0.95, ge=0, lt=1)
     """Decay per step of the mean of squared gradients."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, gt=0, le=1e30)
     """Added to the root of the squared gradients' mean."""
 
 
 class ScheduleSettings(Settings):
     name: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape after the warm-up; linear and cosine end at 0 on the last step."""
+    """Shape after the warm-up of w steps, for step s (from 1) of S = `train.steps`; x = (s - w - 1) / (S - w) is 0 at
+    step w + 1 and would be 1 one step after the last. `constant`: the peak. `linear`: peak · (1 - x). `cosine`:
+    peak · (1 + cos(pi · x)) / 2. A run resumed with more steps, or another schedule, goes on with the rates that a new
+    run with those settings has at these steps."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps of linear rise from 0."""
+    """Steps w of linear rise: step s of them uses peak · s / (w + 1), step w + 1 the peak. A run of w steps or fewer
+    never gets there."""
 
 
 class TrainSettings(Settings):
@@ -173,7 +186,8 @@ class TrainSettings(Settings):
     """Of weights, activations and what goes over the wire; with bf16 DeepSpeed keeps fp32 master weights. fp64 is for
     `verify`."""
     clip_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """Largest norm of the whole gradient; 0 switches clipping off."""
+    """Largest norm of the whole gradient; 0 switches clipping off. A step whose gradient is not finite changes nothing
+    and ends the run."""
     loss_chunk: PositiveInt = 1024
     """Rows whose logits exist at the same time."""
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -350,7 +364,16 @@ class RunSettings(Settings):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-6 is a number."""
+    """YAML as people write it: 1e-6 is a number, and what is given twice is a mistake."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):

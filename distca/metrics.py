@@ -26,8 +26,10 @@ class Metric:
 METRICS = (
     Metric("train/loss", "nats/token", "mean over the step's target tokens, wherever they sit", "loss"),
     Metric("train/grad_norm", "1", "norm of the whole gradient, before clipping", "grad_norm"),
-    Metric("train/lr", "1", "learning rate of the step", "learning_rate"),
-    Metric("train/tokens_seen", "tokens", "trained on since the start of the run, resumed or not", "tokens_seen"),
+    Metric("train/lr", "1", "learning rate that the step used", "learning_rate"),
+    Metric("train/targets", "tokens", "of the step that were predicted: what its loss is the mean over", "targets"),
+    Metric("train/tokens_seen", "tokens", "of all steps so far, counted as they were taken", "tokens_seen"),
+    Metric("train/targets_seen", "tokens", "predicted in all steps so far, counted as they were taken", "targets_seen"),
     Metric(
         "speed/tokens_per_s", "tokens/s", "tokens of the step over its seconds, all trainers together", "tokens_per_s"
     ),
@@ -55,14 +57,18 @@ TAGS = {metric.field: metric.tag for metric in METRICS}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """One step's numbers. What does not exist in a run, or was not measured in this step, is None."""
+    """One step's numbers. What does not exist in a run, or was not measured in this step, is None.
+
+    A step without targets has no loss, and nothing that only an update has."""
 
     step: int  # from 1
     num_steps: int  # of the whole run
-    loss: float
-    tokens: int  # target tokens of this step
+    loss: float | None
+    tokens: int  # of this step
+    targets: int  # those among them that are predicted
     step_s: float
     tokens_seen: int
+    targets_seen: int | None = None
     grad_norm: float | None = None
     learning_rate: float | None = None
     imbalance_before: float | None = None
@@ -96,7 +102,7 @@ class StepRecord:
     def _columns(self) -> Iterator[str]:
         width = len(str(self.num_steps))
         yield f"step {self.step:>{width}}/{self.num_steps}"
-        yield f"loss {self.loss:7.4f}"
+        yield f"loss {self.loss:7.4f}" if self.loss is not None else "no targets  "
         if self.tokens_per_s is not None:
             yield f"{_short(self.tokens_per_s):>5} tok/s"
         if self.imbalance_before is not None and self.imbalance_planned is not None:

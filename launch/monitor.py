@@ -1,7 +1,7 @@
 """How does a person see what a run is doing?
 
 TensorBoard gets the names of `distca/metrics.py`, pictures of document lengths and of load per server, the settings,
-and a first page laid out here; `metrics.jsonl` gets every `StepRecord` as a line, `events.txt` the rest.
+and a first page laid out here; `metrics.jsonl` gets every step's `StepRecord` once, as a line, `events.txt` the rest.
 The only file that imports tensorboard, and only when it is to be written.
 """
 
@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 DOCUMENTS, TOKENS, ATTENTION = "#9aa5b1", "#3b76b5", "#d9722e"
 MOST_BARS = 64  # more servers are drawn as outlines: bars would be thinner than a pixel, and slow
 BEFORE, PLANNED, MEASURED = "#c3c9d0", "#3b76b5", "#d9722e"
+
+STEPS = "metrics.jsonl"
 
 LAYOUT = {
     "DistCA": {
@@ -49,14 +52,23 @@ LAYOUT = {
 
 
 class Monitor:
-    """Writes a run's numbers into its folder. A resumed run appends, from `first_step` on."""
+    """Writes a run's numbers into its folder. A resumed run goes on with `first_step`: what was recorded of that step
+    and later ones has been undone and goes, and `before`, the record of the step before, is put where it is missing."""
 
-    def __init__(self, folder: str | Path, settings: MonitorSettings, *, first_step: int = 1):
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: MonitorSettings,
+        *,
+        first_step: int = 1,
+        before: Mapping[str, Any] | None = None,
+    ):
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._images_every = settings.images_every
         self._first_step = first_step
-        self._steps = open(self._folder / "metrics.jsonl", "a", encoding="utf-8")
+        _go_back(self._folder / STEPS, first_step, before)
+        self._steps = open(self._folder / STEPS, "a", encoding="utf-8")
         self._writer = _tensorboard_writer(self._folder / "tensorboard", first_step) if settings.tensorboard else None
 
     def start(self, settings_text: str, extra: Mapping[str, str]) -> None:
@@ -117,6 +129,25 @@ class Monitor:
         self._steps.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _go_back(path: Path, first_step: int, before: Mapping[str, Any] | None) -> None:
+    """Leave one line, the last written, of each step below `first_step`, in their order; at no moment half a file."""
+    lines: dict[int, str] = {}
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        try:
+            lines[int(json.loads(line)["step"])] = line
+        except (ValueError, TypeError, KeyError):  # torn when its writer was killed
+            continue
+    if before is not None:
+        lines.setdefault(int(before["step"]), json.dumps(before, allow_nan=False))
+    kept = "".join(f"{lines[step]}\n" for step in sorted(lines) if step < first_step)
+    if kept == text:
+        return
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(kept, encoding="utf-8")
+    draft.replace(path)
 
 
 def _tensorboard_writer(folder: Path, first_step: int):

@@ -214,6 +214,7 @@ class _Seen:
         self._unused: dict[str, None] = {}
         self._ignored: set[str] = set()
         self._without_rows: list[str] = []
+        self._is_text = False
         self.left_out: dict[str, list] = {}
 
     def is_document(self, found: Found) -> bool:
@@ -232,6 +233,7 @@ class _Seen:
                 f"{self._name}: {found.place} is {document.kind}, but {place} is {kind}. A source holds documents of "
                 "one kind: make a source of each, or say in `column` and `ignore_columns` what is meant"
             )
+        self._is_text = isinstance(document.content, str)
         columns = (document.unused, document.ignored)
         if columns is not self._columns and columns != self._columns:
             self._columns = columns
@@ -266,7 +268,8 @@ class _Seen:
             raise DataError(f"{self._name}: nothing to predict in {store.num_documents} documents: {why}")
 
     def facts(self) -> dict:
-        return {"left_out": self.left_out, "unused": list(self._unused), "without_rows": self._without_rows}
+        found = {"text": self._is_text, "unused": list(self._unused), "without_rows": self._without_rows}
+        return {"left_out": self.left_out, **found}
 
 
 def _summary(left_out: dict[str, list]) -> str:

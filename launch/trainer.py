@@ -12,6 +12,8 @@ import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +25,21 @@ from distca.cost import AttentionShape
 from distca.hardware import costs_of, wires_of
 from distca.kernels.merge import statistics_dtype
 from distca.launch.cluster import LOOPBACK, connect_store
-from distca.launch.data import Corpus, DocumentStream, Rows, num_targets
+from distca.launch.data import Corpus, DocumentStream, Rows
 from distca.launch.server import Meeting, backend_of, meetings, open_link, pool_of, rss_mib
-from distca.launch.verify import Comparison, compare_with_one_device
+from distca.launch.verify import Comparison, Document, compare_with_one_device
 from distca.masks import MaskRule
 from distca.order import Cursor, Pieces
-from distca.parallel.attach import PackedCausalLM, build_model, checkpoint_activations, probe, read_config
+from distca.parallel.attach import PackedCausalLM, checkpoint_activations, probe
 from distca.parallel.core_attention import CallStatistics, CoreAttention, Exchange
 from distca.parallel.engine import DTYPES, Engine, PlainEngine
 from distca.parallel.link import LocalLink
+from distca.parallel.models import build_model, read_config
 from distca.parallel.server import AttentionServer, ServerReport
 from distca.plan import MILLION, PlanInputs, combined_digest, imbalance
 from distca.planner import plan_directions
 from distca.routes import TrainerRoute, routes_of
+from distca.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +65,6 @@ class MicroBatch:
     """What one trainer needs for a micro-batch; the plan's inputs are the same on all."""
 
     number: int
-    pieces: Pieces
     inputs: PlanInputs
     digest: int
     routes: dict[MaskRule, tuple[TrainerRoute, TrainerRoute]]  # forward and backward
@@ -71,6 +74,10 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
+    """A step's micro-batches, planned only if there is anything to learn."""
+
+    step: int
+    pieces: list[Pieces]
     micro_batches: list[MicroBatch]
     targets: int
     cursor: Cursor
@@ -80,16 +87,16 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class TrainerReport:
-    """One trainer's part in a step."""
+    """One trainer's part in a step. A step without targets changes nothing: what only an update has is None."""
 
     summed_loss: float
     targets: int  # of the whole step
-    grad_norm: float | None
-    learning_rate: float
+    grad_norm: float | None  # before clipping; not finite where the step was refused
+    learning_rate: float | None  # that the step used
     cursor: tuple[int, int]
     lengths: np.ndarray  # of all documents of the step
     epoch: int
-    plan: PlanSummary
+    plan: PlanSummary | None
     plan_s: float
     data_wait_s: float
     exchange: CallStatistics
@@ -121,7 +128,7 @@ class Trainer:
             build_model(config, m.path, m.revision, DTYPES[settings.train.precision], settings.seed),
             settings.train.loss_chunk,
         )
-        self._calls = probe(self._module, backend_of(settings))
+        self._calls = probe(self._module)
         self._rules = tuple(sorted({call.rule for call in self._calls}))
         self._costs = costs_of(settings.planner)
         self._wires = wires_of(settings.planner, _shape(self._calls[0], DTYPES[settings.train.precision]))
@@ -160,6 +167,9 @@ class Trainer:
     def save(self, folder: Path) -> None:
         self._engine.save(folder)
 
+    def weights_are_finite(self) -> bool:
+        return self._engine.weights_are_finite()
+
     def seek(self, step: int, cursor: Cursor) -> None:
         """The next call of `step` is step `step` (from 1), with documents from `cursor` on."""
         self._step = step
@@ -174,30 +184,36 @@ class Trainer:
         self._next = self._ahead.submit(self._prepare, self._step, batch.cursor)
         random_state = np.random.SeedSequence([self._settings.seed, self._step, self._rank]).generate_state(1)
         torch.manual_seed(int(random_state[0]))  # random layers resume exactly
-        summed_loss = 0.0
+        summed_loss, train = 0.0, self._settings.train
+        rate = learning_rate(train.schedule, train.optimizer.learning_rate, batch.step, train.steps)
         for micro_batch in batch.micro_batches:
             summed_loss += self._forward_backward(micro_batch, batch.targets)
-            self._engine.step()
-        return self._report(batch, summed_loss, data_wait_s)
+            self._engine.step(rate)
+        return self._report(batch, summed_loss, rate, data_wait_s)
 
     def verify(self) -> Comparison | None:
-        """Gradients of one step against one device; the comparison is rank 0's."""
+        """Gradients of the next step against one device; the comparison is rank 0's."""
         batch = self._next.result()
+        loss, gradients = self._gradients(batch)
+        if self._rank:
+            return None
+        corpus = self._stream.corpus
+        documents = [
+            Document(corpus.tokens(*where), corpus.labels(*where)) for p in batch.pieces for where in _places(p)
+        ]
+        return compare_with_one_device(self._settings, batch.step, documents, loss, gradients)
+
+    def _gradients(self, batch: StepBatch) -> tuple[float, dict[str, torch.Tensor]]:
+        """The step's mean loss and whole gradients, which are not applied."""
         summed_loss = 0.0
         for number, micro_batch in enumerate(batch.micro_batches):
             summed_loss += self._forward_backward(micro_batch, batch.targets)
             if number < len(batch.micro_batches) - 1 and isinstance(self._engine, Engine):
-                self._engine.step()
+                self._engine.step(0.0)  # only the last one would update
         gradients = self._engine.full_gradients()
         total = torch.tensor(summed_loss, dtype=torch.float64)
         dist.all_reduce(total)
-        if self._rank:
-            return None
-        documents = [
-            self._stream.corpus.tokens(*where) for micro in batch.micro_batches for where in _places(micro.pieces)
-        ]
-        loss = float(total) / batch.targets
-        return compare_with_one_device(self._settings, documents, loss, gradients)
+        return float(total) / batch.targets, gradients
 
     def describe(self) -> dict:
         """For the start of a run: parameters, layers and the masks they ask for."""
@@ -215,14 +231,11 @@ class Trainer:
 
     def _prepare(self, step: int, cursor: Cursor) -> StepBatch:
         """Lengths, plans, routes and rows of a step, on the host thread."""
-        micro_batches, plan_s = [], 0.0
-        for number in range(self._settings.accumulation):
-            pieces, cursor = self._stream.pieces(cursor)
-            start = time.perf_counter()
-            micro_batches.append(self._plan((step - 1) * self._settings.accumulation + number, pieces))
-            plan_s += time.perf_counter() - start
-        targets = max(1, sum(num_targets(m.pieces) for m in micro_batches))
-        return StepBatch(micro_batches, targets, cursor, plan_s)
+        pieces, cursor = self._stream.step(cursor, self._settings.accumulation)
+        targets = sum(map(self._stream.num_targets, pieces))
+        start, first = time.perf_counter(), (step - 1) * self._settings.accumulation
+        micro_batches = [self._plan(first + number, p) for number, p in enumerate(pieces)] if targets else []
+        return StepBatch(step, pieces, micro_batches, targets, cursor, time.perf_counter() - start)
 
     def _plan(self, number: int, pieces: Pieces) -> MicroBatch:
         planner, trainers = self._settings.planner, self._settings.parallel.trainers
@@ -247,7 +260,6 @@ class Trainer:
         digest = combined_digest([routes[plan].digest for both in plans.values() for plan in both])
         return MicroBatch(
             number,
-            pieces,
             inputs,
             digest,
             {rule: tuple(my_routes[plan] for plan in both) for rule, both in plans.items()},
@@ -255,19 +267,17 @@ class Trainer:
             summary,
         )
 
-    def _report(self, batch: StepBatch, summed_loss: float, data_wait_s: float) -> TrainerReport:
-        plan = batch.micro_batches[0].summary
-        for micro_batch in batch.micro_batches[1:]:
-            plan = plan + micro_batch.summary
+    def _report(self, batch: StepBatch, summed_loss: float, rate: float, data_wait_s: float) -> TrainerReport:
+        plans = [micro_batch.summary for micro_batch in batch.micro_batches]
         return TrainerReport(
             summed_loss=summed_loss,
             targets=batch.targets,
-            grad_norm=self._engine.gradient_norm(),
-            learning_rate=self._engine.learning_rate(),
+            grad_norm=self._engine.gradient_norm() if batch.targets else None,
+            learning_rate=rate if batch.targets else None,
             cursor=(batch.cursor.document, batch.cursor.offset),
-            lengths=np.concatenate([m.pieces.lengths for m in batch.micro_batches]),
-            epoch=int(max(m.pieces.epoch.max() for m in batch.micro_batches)),
-            plan=plan,
+            lengths=np.concatenate([p.lengths for p in batch.pieces]),
+            epoch=int(max(p.epoch.max() for p in batch.pieces)),
+            plan=reduce(add, plans) if plans else None,
             plan_s=batch.plan_s,
             data_wait_s=data_wait_s,
             exchange=self._exchange.take_statistics(),

@@ -1,8 +1,8 @@
 """Is a distributed step right? The same documents, weights and loss on one device, by Transformers' own attention.
 
 The reference knows nothing of us: each document alone, unpacked, through the stock model (`sdpa`, or `eager` where
-attention is soft-capped), its own positions, labels shifted here by hand, plain cross entropy over all logits. What
-must agree:
+attention is soft-capped), its own positions, labels shifted here by hand, plain cross entropy summed over the targets
+that are left and divided by their number. What must agree:
 
     fp64   loss and every gradient within 1e-10 (relative, 2-norm)
     fp32   within 1e-5
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from distca.config import RunSettings
-from distca.parallel.attach import build_model, read_config
 from distca.parallel.engine import DTYPES, Fp64Throughout
+from distca.parallel.models import build_model, read_config
 
 TOLERANCES = {"fp64": 1e-10, "fp32": 1e-5}
 BF16_FACTOR = 2.0
@@ -27,6 +27,17 @@ BF16_FLOOR = 1e-3  # below this both runs are noise
 NEGLIGIBLE = (
     1e-7  # a parameter whose true gradient is zero (a key bias) has no relative error: it is held to the whole gradient
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document as it is stored: labels as Hugging Face means them, each token's own, -100 where it is none."""
+
+    ids: np.ndarray  # (T,) int64
+    labels: np.ndarray  # (T,) int64
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,8 @@ class ParameterError:
 class Comparison:
     """A distributed step beside a single device."""
 
+    step: int
+    """Which one; steps before it have nothing to learn."""
     loss: float
     reference_loss: float
     loss_allowed: float
@@ -57,7 +70,7 @@ class Comparison:
 
     @property
     def loss_error(self) -> float:
-        return abs(self.loss - self.reference_loss) / abs(self.reference_loss)
+        return _relative(abs(self.loss - self.reference_loss), abs(self.reference_loss))
 
     @property
     def passed(self) -> bool:
@@ -65,7 +78,7 @@ class Comparison:
 
 
 def compare_with_one_device(
-    settings: RunSettings, documents: list[np.ndarray], loss: float, gradients: dict[str, torch.Tensor]
+    settings: RunSettings, step: int, documents: list[Document], loss: float, gradients: dict[str, torch.Tensor]
 ) -> Comparison:
     """Run the reference in this process and compare; `gradients` by name in `PackedCausalLM`."""
     precision = settings.train.precision
@@ -74,7 +87,7 @@ def compare_with_one_device(
     whole = float(torch.stack([g.double().norm() for g in reference.values()]).norm())
     if precision == "bf16":
         plain_loss, plain = single_device_step(settings, documents, torch.bfloat16)
-        loss_allowed = max(BF16_FLOOR, BF16_FACTOR * abs(plain_loss - reference_loss) / abs(reference_loss))
+        loss_allowed = max(BF16_FLOOR, BF16_FACTOR * _relative(abs(plain_loss - reference_loss), abs(reference_loss)))
         allowed = {name: max(BF16_FLOOR, BF16_FACTOR * _error(plain[name], g, whole)) for name, g in reference.items()}
     else:
         loss_allowed, allowed = TOLERANCES[precision], dict.fromkeys(reference, TOLERANCES[precision])
@@ -83,30 +96,32 @@ def compare_with_one_device(
         for name, g in reference.items()
     ]
     parameters.sort(key=lambda p: p.error / p.allowed if p.error == p.error else float("inf"), reverse=True)
-    return Comparison(loss, reference_loss, loss_allowed, tuple(parameters), len(documents), sum(map(len, documents)))
+    num_tokens = sum(map(len, documents))
+    return Comparison(step, loss, reference_loss, loss_allowed, tuple(parameters), len(documents), num_tokens)
 
 
 def single_device_step(
-    settings: RunSettings, documents: list[np.ndarray], dtype: torch.dtype
+    settings: RunSettings, documents: list[Document], dtype: torch.dtype
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean loss over all target tokens, and every parameter's gradient, of the stock model in one process."""
+    """Mean loss over all targets, and every parameter's gradient, of the stock model in one process."""
     m = settings.model
     config = read_config(m.path, m.config, m.revision)
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    attention = "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"
     model = build_model(config, m.path, m.revision, DTYPES[settings.train.precision], settings.seed, attention)
     for parameter in model.parameters():  # the run's own weights, rounded as the run rounds them
         parameter.data = parameter.data.to(dtype)
     model.train()
-    targets = sum(len(ids) - 1 for ids in documents)
+    targets = sum(int((document.labels[1:] != -100).sum()) for document in documents)
     total = 0.0
     with Fp64Throughout() if dtype == torch.float64 else nullcontext():
-        for ids in documents:
-            if len(ids) < 2:
+        for document in documents:
+            keep = torch.from_numpy(document.labels[1:] != -100)
+            if not keep.any():
                 continue
-            tokens = torch.from_numpy(ids)[None]
-            logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+            logits = model(input_ids=torch.from_numpy(document.ids)[None], use_cache=False).logits[0, :-1][keep]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum") / targets
+            wanted = torch.from_numpy(document.labels[1:])[keep]
+            loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / targets
             loss.backward()
             total += float(loss.detach())
     gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -120,4 +135,9 @@ def _error(gradient: torch.Tensor | None, reference: torch.Tensor, whole: float)
         return float("inf")
     size = float(reference.double().norm())
     difference = float((gradient.double() - reference.double()).norm())
-    return difference / (size if size > NEGLIGIBLE * whole else whole)
+    return _relative(difference, size if size > NEGLIGIBLE * whole else whole)
+
+
+def _relative(difference: float, size: float) -> float:
+    """Beside nothing, no difference is none and any other is infinite."""
+    return difference / size if size else 0.0 if difference == 0 else float("inf")

@@ -6,6 +6,7 @@ deepspeed."""
 from __future__ import annotations
 
 import logging
+import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,8 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_grad
 from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch.nn.utils import clip_grad_norm_
 from torch.overrides import TorchFunctionMode
-from transformers import get_scheduler
 
 from distca.config import RunSettings
 from distca.errors import Unsupported
@@ -64,14 +65,10 @@ class Engine:
             betas=(train.optimizer.beta1, train.optimizer.beta2),
             eps=train.optimizer.eps,
         )
-        schedule = get_scheduler(train.schedule.name, optimizer, train.schedule.warmup_steps, train.steps)
-        self.deepspeed, self._optimizer, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            lr_scheduler=schedule,
-            dist_init_required=False,
-            config=_deepspeed_config(settings),
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, dist_init_required=False, config=_deepspeed_config(settings)
         )
+        self._gradient_norm: float | None = None
         for (
             name,
             buffer,
@@ -89,18 +86,33 @@ class Engine:
         parts = self._settings.parallel.trainers * self._settings.accumulation
         self.deepspeed.backward(summed_loss * (parts / targets_in_step))
 
-    def step(self) -> None:
-        """Apply the micro-batch; DeepSpeed updates the weights when the accumulated ones are complete."""
+    def step(self, learning_rate: float) -> None:
+        """Apply the micro-batch; the weights are updated, at this rate, when the accumulated ones are complete.
+
+        A gradient that is not finite updates nothing: the weights stay what they were."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._settings.parallel.zero_stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
+            self._gradient_norm = self._clip()
         self.deepspeed.step()
 
-    def gradient_norm(self) -> float | None:
-        """Of the last step's whole gradient, before clipping; None where DeepSpeed does not say (stage 0 without
-        clipping)."""
-        norm = self.deepspeed.get_global_grad_norm()
-        return None if norm is None else float(norm)
+    def gradient_norm(self) -> float:
+        """Of the last step's whole gradient, before clipping; not finite where the step was refused."""
+        return float(self.deepspeed.get_global_grad_norm() if self._gradient_norm is None else self._gradient_norm)
 
-    def learning_rate(self) -> float:
-        return float(self.deepspeed.get_lr()[0])
+    def weights_are_finite(self) -> bool:
+        """Whether this trainer's share of the weights is."""
+        weights = (getattr(p, "ds_tensor", p) for p in self.deepspeed.module.parameters())
+        return all(bool(torch.isfinite(w).all()) for w in weights)
+
+    def _clip(self) -> float:
+        """What DeepSpeed's optimizers do in the other stages; in stage 0 it has none of its own, clips without a word
+        and applies whatever comes out."""
+        largest = self._settings.train.clip_grad_norm or float("inf")
+        norm = float(clip_grad_norm_(self.deepspeed.module.parameters(), largest))
+        if not math.isfinite(norm):
+            self.deepspeed.zero_grad()  # AdamW passes over parameters without a gradient
+        return norm
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """Every parameter's gradient, whole and on the CPU, before `step` of the last micro-batch; a collective
@@ -112,14 +124,18 @@ class Engine:
         return gradients
 
     def save(self, folder: Path) -> None:
-        """Write weights, optimizer and schedule into `folder`; a collective call."""
+        """Write weights and optimizer into `folder`; a collective call."""
         self.deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote; a collective call."""
+        groups = self.deepspeed.optimizer.param_groups
+        asked = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         with _weights_only():
             path, _ = self.deepspeed.load_checkpoint(str(folder), tag=TAG)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+        for group, values in zip(self.deepspeed.optimizer.param_groups, asked, strict=True):
+            group.update(values)  # a checkpoint brings the optimizer's state, the settings its numbers
 
 
 class PlainEngine:
@@ -185,7 +201,7 @@ def _deepspeed_config(settings: RunSettings) -> dict:
     return {
         "train_micro_batch_size_per_gpu": 1,  # one packed row; tokens are our unit
         "gradient_accumulation_steps": settings.accumulation,
-        "gradient_clipping": settings.train.clip_grad_norm,
+        "gradient_clipping": settings.train.clip_grad_norm if settings.parallel.zero_stage else 0.0,  # see Engine._clip
         "zero_optimization": {"stage": settings.parallel.zero_stage},
         "bf16": {"enabled": settings.train.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -15,8 +15,10 @@ FULL = StepRecord(
     grad_norm=0.83,
     learning_rate=3e-4,
     tokens=8192,
+    targets=8000,
     step_s=1.6,
     tokens_seen=98304,
+    targets_seen=96000,
     imbalance_before=1.83,
     imbalance_planned=1.01,
     imbalance_measured=1.07,
@@ -32,7 +34,7 @@ FULL = StepRecord(
     trainer_rss_mib=512.0,
     server_rss_mib=300.0,
 )
-BARE = StepRecord(step=1, num_steps=60, loss=math.nan, tokens=10, step_s=0.0, tokens_seen=10)
+BARE = StepRecord(step=1, num_steps=60, loss=math.nan, tokens=10, targets=9, step_s=0.0, tokens_seen=10)
 
 
 def test_names_are_unique_and_each_has_a_unit_a_meaning_and_a_field():
@@ -62,10 +64,17 @@ def test_lines_stand_in_columns(tokens, step_s, moved):
 
 def test_what_is_not_there_is_left_out_but_people_see_a_loss_of_nan():
     assert BARE.line() == "step  1/60  loss     nan"
-    assert BARE.scalars() == {"train/tokens_seen": 10, "speed/step_s": 0.0}
+    assert BARE.scalars() == {"train/targets": 9, "train/tokens_seen": 10, "speed/step_s": 0.0}
     assert json.loads(json.dumps(BARE.fields(), allow_nan=False)) == {
-        "step": 1, "num_steps": 60, "tokens": 10, "step_s": 0.0, "tokens_seen": 10, "server_busy_s": []
+        "step": 1, "num_steps": 60, "tokens": 10, "targets": 9, "step_s": 0.0, "tokens_seen": 10, "server_busy_s": []
     }  # fmt: skip
+
+
+def test_a_step_without_targets_says_so_in_place_of_its_loss():
+    nothing = dataclasses.replace(FULL, loss=None, targets=0)
+    assert nothing.line() == FULL.line().replace("loss  3.4125", "no targets  ")
+    assert "train/loss" not in nothing.scalars() and nothing.scalars()["train/targets"] == 0
+    assert "loss" not in nothing.fields()
 
 
 def test_scalars_hold_every_server_and_units_as_named():

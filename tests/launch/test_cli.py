@@ -2,6 +2,7 @@
 
 All but the last are refused before Ray starts, so they run here in this process."""
 
+import io
 import json
 import shutil
 import socket
@@ -9,8 +10,10 @@ import socket
 import datasets
 import huggingface_hub
 import pytest
+import torch
 import yaml
 from documents import write_json_lines
+from rich.console import Console
 from team import TINY_LLAMA
 
 from distca.config import describe_settings, load_settings
@@ -19,6 +22,7 @@ from distca.launch import cli, train
 from distca.launch.cluster import WorkerLost
 from distca.launch.publish import publishing
 from distca.launch.train import bound_settings
+from distca.parallel.models import build_model, read_config
 
 ROWS = [{"input_ids": list(range(1, 90))}, {"input_ids": [5, 6, 7]}]
 
@@ -32,8 +36,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+class RayWasAboutToStart(BaseException):
+    """No error that a command may put into words."""
+
+
 def no_ray(*_, **__):
-    raise AssertionError("Ray was about to start")
+    raise RayWasAboutToStart
 
 
 def write_run(folder, model=None, sources=None, **sections):
@@ -91,6 +99,21 @@ MODELS = {
 }
 
 
+MODELS |= {
+    "misspelled": (
+        dict(rope_parameters=dict(rope_typ="linear", factor=4.0)),
+        "model.config: rope_parameters: no such key 'rope_typ'; did you mean 'rope_type'?",
+    ),
+    "no window": (
+        dict(model_type="mistral", sliding_window=0),
+        "sliding_window = 0 lets no row see a key: give how many keys a row sees, itself included, or null",
+    ),
+    "heads": (dict(num_key_value_heads=3), "8 query heads of size 8 cannot share 3 key/value heads evenly"),
+    "ids": (dict(eos_token_id=96), "model.config: eos_token_id = 96 is no token of a vocabulary of 96"),
+    "two lines": (dict(tie_word_embeddings="no"), "model.config: tie_word_embeddings = 'no': want bool"),
+}
+
+
 @pytest.mark.parametrize("command", ["train", "verify"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_model_that_cannot_be_trained_exactly_is_refused(folder, capsys, model, command):
@@ -112,6 +135,25 @@ def test_a_model_without_weights_is_refused(folder, capsys, offline):
         text = said(capsys, EXIT_SETTINGS, "train", run, "--model.config", "null", "--model.path", path)
         assert text.startswith(f"model: no configuration from {path}")
     assert_nothing_left(folder)
+
+
+@pytest.mark.parametrize("command", ["train", "verify"])
+def test_weights_of_another_shape_are_refused_before_data_and_ray(folder, capsys, command):
+    build_model(read_config(None, TINY_LLAMA), None, None, torch.float32, seed=0).save_pretrained(folder / "model")
+    config = json.loads((folder / "model/config.json").read_text())
+    (folder / "model/config.json").write_text(json.dumps(config | dict(vocab_size=100)))
+    capsys.readouterr()
+    run = write_run(folder)
+    text = said(capsys, EXIT_SETTINGS, command, run, "--model.config", "null", "--model.path", "model")
+    assert "embed_tokens.weight is (96, 64), the configuration wants (100, 64)" in text
+    assert_nothing_left(folder)
+
+
+def test_documents_longer_than_the_models_positions_are_said(folder, caplog):
+    settings = load_settings(write_run(folder, dict(max_position_embeddings=50)))
+    train._prepare(settings, Console(file=io.StringIO()))
+    (text,) = [r.getMessage() for r in caplog.records if "position" in r.getMessage()]
+    assert text.startswith("documents of up to 60 tokens go beyond position 50,")
 
 
 # ---- settings ----
@@ -143,7 +185,7 @@ def test_fp64_verifies_but_does_not_train(folder, capsys):
     run = write_run(folder, train=dict(precision="fp64"))
     assert "fp64 is for `distca verify`" in said(capsys, EXIT_SETTINGS, "train", run)
     assert_nothing_left(folder)
-    with pytest.raises(AssertionError, match="Ray was about to start"):
+    with pytest.raises(RayWasAboutToStart):
         cli.run(["verify", str(run)])
 
 
@@ -338,14 +380,15 @@ def test_ctrl_c_before_the_first_step_is_said(folder, capsys, monkeypatch):
 @pytest.mark.alone
 @pytest.mark.slow
 def test_what_only_a_worker_can_see_comes_out_as_its_sentence_and_leaves_no_run(folder, capsys, monkeypatch):
-    """Real Ray. The folder has a configuration, so the driver is content; the weights are missing."""
+    """Real Ray. The names and shapes of the weights are right, so the driver is content; one is no number."""
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    weights = folder / "model"
-    weights.mkdir()
-    (weights / "config.json").write_text(json.dumps(TINY_LLAMA | dict(architectures=["LlamaForCausalLM"])))
+    model = build_model(read_config(None, TINY_LLAMA), None, None, torch.float32, seed=0)
+    model.model.norm.weight.data[3] = torch.nan
+    model.save_pretrained(folder / "model")
     run = write_run(folder)
+    capsys.readouterr()
     text = said(capsys, EXIT_SETTINGS, "train", run, "--model.config", "null", "--model.path", "model")
-    assert text.startswith("model.path: no weights from model: ")
+    assert text.startswith("llama: its outputs are not finite: the weights hold NaN or infinity")
     assert not list((folder / "runs").iterdir())
     assert load_settings(run)

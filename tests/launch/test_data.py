@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from distca.config import DataSettings
 from distca.errors import DataError, SettingsError
 from distca.launch import prepare as prepare_module
-from distca.launch.data import META, NO_TARGET, Corpus, DocumentStream, num_targets
+from distca.launch.data import META, NO_TARGET, Corpus, DocumentStream
 from distca.launch.encode import Encoder, load_tokenizer
 from distca.launch.prepare import UNFINISHED, prepare
 from distca.order import Cursor
@@ -487,7 +487,7 @@ def test_rows_hold_the_pieces_tokens_positions_and_next_tokens(two_sources):
             assert np.array_equal(rows.position_ids[inside], np.arange(len(tokens)))
             assert np.array_equal(rows.labels[inside], [*tokens[1:], NO_TARGET])
             at += len(tokens)
-        assert np.count_nonzero(rows.labels != NO_TARGET) == num_targets(pieces)
+        assert np.count_nonzero(rows.labels != NO_TARGET) == stream.num_targets(pieces)
 
 
 @given(num_ranks=st.integers(1, 5), seed=st.integers(0, 9), data=st.data())

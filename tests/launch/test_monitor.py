@@ -13,7 +13,8 @@ from distca.metrics import METRICS, StepRecord
 
 
 def record(step: int, **more) -> StepRecord:
-    return StepRecord(step=step, num_steps=9, loss=3.0 - step, tokens=100, step_s=0.5, tokens_seen=100 * step, **more)
+    numbers = dict(num_steps=9, loss=3.0 - step, tokens=100, targets=99, step_s=0.5, tokens_seen=100 * step)
+    return StepRecord(step=step, **numbers | more)
 
 
 def events(folder) -> EventAccumulator:
@@ -68,6 +69,46 @@ def test_every_step_and_event_is_a_line_and_a_resumed_run_appends(tmp_path):
         ["step 1", "saved"],
         ["step 3", "saved"],
     ]
+
+
+def steps_and_losses(folder) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def go(folder, first_step, steps, loss, before=None):
+    monitor = Monitor(folder, MonitorSettings(tensorboard=False), first_step=first_step, before=before)
+    for step in steps:
+        monitor.step(record(step, loss=loss))
+    monitor.close()
+
+
+def test_each_step_stands_once_after_kills_and_torn_lines(tmp_path):
+    """A kill leaves steps that the resumed run does again, and half a line."""
+    go(tmp_path, 1, range(1, 6), loss=1.0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record(6).fields())[:40])
+    go(tmp_path, 4, range(4, 8), loss=2.0)
+    assert steps_and_losses(tmp_path) == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0), (7, 2.0)]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"], "no draft is left"
+
+
+def test_steps_that_stand_twice_since_an_older_version_keep_the_run_that_went_on(tmp_path):
+    go(tmp_path, 1, [1, 2, 3], loss=1.0)
+    (tmp_path / "metrics.jsonl").write_text(
+        (tmp_path / "metrics.jsonl").read_text() + json.dumps(record(3, loss=2.0).fields()) + "\n"
+    )
+    go(tmp_path, 4, [4], loss=3.0)
+    assert steps_and_losses(tmp_path) == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 3.0)]
+
+
+def test_a_step_that_was_saved_but_not_recorded_is_put_back(tmp_path):
+    """Killed after a checkpoint's publication and before the step's line."""
+    go(tmp_path, 1, [1, 2], loss=1.0)
+    go(tmp_path, 4, [4], loss=2.0, before=record(3, loss=9.0).fields())
+    assert steps_and_losses(tmp_path) == [(1, 1.0), (2, 1.0), (3, 9.0), (4, 2.0)]
+    go(tmp_path, 4, [4], loss=5.0, before=record(3, loss=7.0).fields())
+    assert steps_and_losses(tmp_path)[2:] == [(3, 9.0), (4, 5.0)]
 
 
 def test_without_tensorboard_there_are_no_event_files_and_no_import_of_it(tmp_path):

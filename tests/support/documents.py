@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 
 from distca.config import DataSettings
-from distca.launch.data import Corpus
+from distca.launch.data import LABELS, LENGTHS, META, NO_TARGET, STARTS, TARGETS, TOKENS, Corpus
 from distca.launch.prepare import prepare
 
 
@@ -44,6 +44,26 @@ def data_settings(
     for source, weight in zip(sources, weights or [], strict=bool(weights)):
         source["weight"] = weight
     return DataSettings(sources=sources, cache=cache, **settings)
+
+
+def write_prepared(folder: Path, documents: Sequence[Sequence[int]], labels: Sequence[Sequence[int]] | None) -> Path:
+    """Documents in the form that `Corpus` maps; labels as Hugging Face means them."""
+    folder.mkdir(parents=True)
+    lengths = np.array([len(ids) for ids in documents], np.int64)
+    tokens, meant = np.concatenate(documents), np.concatenate(documents if labels is None else labels)
+    starts = np.cumsum(lengths) - lengths
+    is_target = meant != NO_TARGET
+    is_target[starts] = False
+    targets = np.add.reduceat(is_target.astype(np.int64), starts)
+    columns = {TOKENS: tokens.astype(np.uint16), STARTS: starts, LENGTHS: lengths, TARGETS: targets}
+    if labels is not None:
+        columns[LABELS] = meant.astype(np.int32)
+    for name, column in columns.items():
+        column.tofile(folder / name)
+    meta = dict(source=folder.name, documents=len(lengths), tokens=len(tokens), dtype="uint16", left_out={})
+    meta |= dict(targets=int(targets.sum()), labels=labels is not None)
+    (folder / META).write_text(json.dumps(meta))
+    return folder
 
 
 def prepared_corpus(folder: Path, *lengths: Sequence[int], **settings: Any) -> tuple[DataSettings, Corpus]:

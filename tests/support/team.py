@@ -12,10 +12,10 @@ from documents import write_json_lines
 
 from distca.config import RunSettings, validate_settings
 from distca.launch.cluster import LOOPBACK, rendezvous_store
+from distca.launch.data import first_step_with_targets
 from distca.launch.prepare import prepare
 from distca.launch.server import DedicatedServer, Meeting
 from distca.launch.trainer import Trainer
-from distca.order import Cursor
 
 PRELOAD = ["distca.launch.trainer", "torch._dynamo", "transformers.models.llama.modeling_llama"]
 ANSWER_S = 60
@@ -50,14 +50,18 @@ def make_settings(folder: Path, lengths: list[int], model: dict | None = None, *
 
 
 class Team:
-    """Trainers (of the given class) and dedicated servers of `settings`, joined by links."""
+    """Trainers (of the given class) and dedicated servers of `settings`, joined by links; the settings' documents, or
+    prepared ones."""
 
-    def __init__(self, settings: RunSettings, trainer: type[Trainer] = Trainer):
+    def __init__(
+        self, settings: RunSettings, trainer: type[Trainer] = Trainer, documents: tuple[Path, ...] | None = None
+    ):
         self._stack = ExitStack()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         parallel = settings.parallel
-        documents = prepare(settings.data, 96)
+        documents = documents or prepare(settings.data, 96)
+        self._settings, self._documents = settings, documents
         self._store, port = rendezvous_store(LOOPBACK)
         common = (settings, Meeting(LOOPBACK, port), "cpu")
         first = parallel.trainers if parallel.trainers_serve else 0
@@ -96,7 +100,7 @@ class Team:
 
     def verify(self):
         """The comparison of one step with one device."""
-        self.ask(self.trainers, "seek", 1, Cursor())
+        self.ask(self.trainers, "seek", *first_step_with_targets(self._settings, self._documents))
         return self.ask(self.trainers, "verify")[0]
 
     def losses(self, steps: int) -> list[float]:
@@ -108,9 +112,9 @@ class Team:
         return found
 
 
-def verified(settings: RunSettings):
+def verified(settings: RunSettings, documents: tuple[Path, ...] | None = None):
     """The comparison of one step of a team of its own with one device."""
-    with Team(settings) as team:
+    with Team(settings, documents=documents) as team:
         return team.verify()
 
 

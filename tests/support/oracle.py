@@ -1,0 +1,60 @@
+"""How one plain process trains: the stock model on each document alone, labels shifted by hand, the loss summed over
+the targets that are left and divided by their number, torch's AdamW. Of a run it knows its settings' numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distca.config import RunSettings
+from distca.parallel.engine import Fp64Throughout
+
+Step = Sequence[tuple[Sequence[int], Sequence[int]]]  # documents, each as ids and labels
+
+
+class Oracle:
+    def __init__(self, settings: RunSettings, dtype: torch.dtype = torch.float32):
+        torch.manual_seed(settings.seed)
+        config = AutoConfig.for_model(**settings.model.config)
+        self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").to(dtype)
+        self._exactly = Fp64Throughout if dtype == torch.float64 else nullcontext
+        self._clip, o = settings.train.clip_grad_norm, settings.train.optimizer
+        weights = list(self.model.parameters())
+        groups = [
+            dict(params=[w for w in weights if w.dim() >= 2], weight_decay=o.weight_decay),
+            dict(params=[w for w in weights if w.dim() < 2], weight_decay=0.0),
+        ]
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps)
+
+    def gradients(self, documents: Step) -> tuple[float, dict[str, torch.Tensor]]:
+        """The mean loss over the documents' targets and its gradients."""
+        self.model.zero_grad()
+        total, targets = 0.0, sum(label != -100 for _, labels in documents for label in labels[1:])
+        for ids, labels in documents:
+            if len(ids) < 2:
+                continue
+            with self._exactly():
+                logits = self.model(input_ids=torch.tensor(ids)[None], use_cache=False).logits[0]
+                loss = cross_entropy(logits[:-1], torch.tensor(labels[1:]), reduction="sum", ignore_index=-100)
+                (loss / targets).backward()
+            total += float(loss.detach())
+        return total / targets, {name: p.grad.clone() for name, p in self.model.named_parameters()}
+
+    def step(self, documents: Step, rate: float) -> tuple[float, float]:
+        """Train on a step's documents at this rate; the loss, and the gradient's norm before clipping."""
+        loss, gradients = self.gradients(documents)
+        norm = float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
+        if self._clip and norm > self._clip:
+            for parameter in self.model.parameters():
+                parameter.grad *= self._clip / norm
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        return loss, norm
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
