@@ -68,7 +68,7 @@ _KNOWN = (
     | dict.fromkeys(("attentionmask", "attentionmasks", "attnmask"), "padding")
     | dict.fromkeys(("positionids", "posids"), "positions")
     | dict.fromkeys(("tokentypeids", "specialtokensmask", "specialtokenmask"), "zeros")
-    | dict.fromkeys(_TARGET_MASKS, "mask")
+    | dict.fromkeys(_TARGET_MASKS, "masks")
     | dict.fromkeys(_CHATS, "chat")
     | dict.fromkeys(_PAIRS, "pair")
 )
@@ -125,13 +125,10 @@ class _Shape:
     padding: tuple[str, ...]
     positions: tuple[str, ...]
     zeros: tuple[str, ...]
+    beside: tuple[str, ...]  # all of these five
     suspects: tuple[str, ...]  # carry meaning if they hold lists
     unused: tuple[str, ...]
     ignored: tuple[str, ...]
-
-    @property
-    def beside(self) -> tuple[str, ...]:
-        return (*self.labels, *self.masks, *self.padding, *self.positions, *self.zeros)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -156,11 +153,12 @@ def _shape(
         if len(twins := by_role.get(role, [])) > 1:
             return _question(f"columns {_listed(twins)} are all {sort}; name all but one in `ignore_columns`")
     unknown = by_role.get("", [])
+    beside = {role: tuple(by_role.get(role, ())) for role in ("labels", "masks", "padding", "positions", "zeros")}
     return _Shape(
         document=found,
         role=_role(found),
-        **{role: tuple(by_role.get(role, ())) for role in ("labels", "padding", "positions", "zeros")},
-        masks=tuple(by_role.get("mask", ())),
+        **beside,
+        beside=tuple(name for names in beside.values() for name in names),
         suspects=tuple(filter(_may_carry_meaning, unknown)),
         unused=(*others, *unknown, *(name for name in names if name not in present and name not in ignore)),
         ignored=tuple(name for name in names if name in ignore),
@@ -204,7 +202,7 @@ def _absent(column: str, names: Sequence[str]) -> Problem:
 
 @functools.lru_cache(maxsize=4096)
 def _role(name: str) -> str:
-    """ids, text, labels, mask, padding, positions, zeros, chat, pair, refused; empty for a name that says nothing."""
+    """ids, text, labels, masks, padding, positions, zeros, chat, pair, refused; empty for a name that says nothing."""
     return _KNOWN.get(_plain(name)) or ("refused" if _why_refused(name) else "")
 
 
@@ -222,6 +220,7 @@ def _may_carry_meaning(name: str) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def _means_ids(name: str) -> bool:
     return re.search(r"(ids|tokens)$", _plain(name)) is not None
 

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 BATCH_DOCUMENTS = 1024  # tokenised and written together: at most so many,
 BATCH_SIZE = 1 << 22  # or of so many characters and ids
-WRITE_TOKENS = 1 << 20  # converted to the stored type at once
+WRITE_TOKENS = 1 << 22  # converted to the stored type at once
 PROGRESS_S = 10.0
 LEFTOVER_S = 24 * 3600.0  # an unfinished folder that nobody wrote to for this long was left by a killed process
 UNFINISHED = ".unfinished-"
@@ -155,6 +154,7 @@ def _store_documents(
         ids = [found.content.content for found in batch]
         for index, encoded in zip(texts, encoder([ids[i] for i in texts]) if texts else [], strict=True):
             ids[index] = encoded
+        good: list[tuple[np.ndarray, np.ndarray | None]] = []
         for found, document in zip(batch, ids, strict=True):
             labels = found.content.labels
             problem = document if isinstance(document, Problem) else _ids_problem(document, vocab_size, bool(texts))
@@ -163,7 +163,8 @@ def _store_documents(
             if problem:
                 seen.refuse(found.place, problem)
             else:
-                store.append(document, labels)
+                good.append((document, labels))
+        store.append(good)
         if time.monotonic() - said > PROGRESS_S:
             said = time.monotonic()
             progress = (store.num_documents, store.num_tokens, store.num_tokens / (said - begin), batch[-1].place)
@@ -280,6 +281,11 @@ def _summary(left_out: dict[str, list]) -> str:
 # ---- the store ----
 
 
+def _num_targets(ids: np.ndarray, labels: np.ndarray | None) -> int:
+    """The first token of a document is never one: nothing comes before it."""
+    return len(ids) - 1 if labels is None else int(np.count_nonzero(labels[1:] != NO_TARGET))
+
+
 class _Store:
     """The files of one source, written front to back."""
 
@@ -294,32 +300,39 @@ class _Store:
     def _open(self, name: str) -> IO[bytes]:
         return open(self._folder / name, "wb", buffering=1 << 18)
 
-    def append(self, ids: np.ndarray, labels: np.ndarray | None) -> None:
-        """A document, and its labels where they are not its tokens."""
-        if labels is not None and LABELS not in self._files:
+    def append(self, documents: list[tuple[np.ndarray, np.ndarray | None]]) -> None:
+        """Documents' ids, and their labels where they are not the ids."""
+        if not documents:
+            return
+        if LABELS not in self._files and any(labels is not None for _, labels in documents):
             self._begin_labels()
-        num_targets = len(ids) - 1 if labels is None else int(np.count_nonzero(labels[1:] != NO_TARGET))
-        self._write(TOKENS, ids, self._dtype)
+        lengths = np.array([len(ids) for ids, _ in documents], np.int64)
+        targets = np.array([_num_targets(*document) for document in documents], np.int64)
+        self._write(TOKENS, [ids for ids, _ in documents], self._dtype)
         if LABELS in self._files:
-            self._write(LABELS, ids if labels is None else labels, "int32")
-        for name, number in ((STARTS, self.num_tokens), (LENGTHS, len(ids)), (TARGETS, num_targets)):
-            self._files[name].write(number.to_bytes(8, sys.byteorder))
-        self.num_documents += 1
-        self.num_tokens += len(ids)
-        self.num_targets += num_targets
+            self._write(LABELS, [ids if labels is None else labels for ids, labels in documents], "int32")
+        self._files[STARTS].write((self.num_tokens + np.cumsum(lengths) - lengths).data)
+        self._files[LENGTHS].write(lengths.data)
+        self._files[TARGETS].write(targets.data)
+        self.num_documents += len(documents)
+        self.num_tokens += int(lengths.sum())
+        self.num_targets += int(targets.sum())
 
-    def _write(self, name: str, numbers: np.ndarray, dtype: str) -> None:
-        """Piece by piece: a long document is not copied as a whole."""
-        for at in range(0, len(numbers), WRITE_TOKENS):
-            self._files[name].write(numbers[at : at + WRITE_TOKENS].astype(dtype).data)
+    def _write(self, name: str, arrays: list[np.ndarray], dtype: str) -> None:
+        """Short ones together, long ones piece by piece, so that none is copied as a whole."""
+        if sum(map(len, arrays)) <= WRITE_TOKENS:
+            self._files[name].write(np.concatenate(arrays).astype(dtype, copy=False).data)
+            return
+        for array in arrays:
+            for at in range(0, len(array), WRITE_TOKENS):
+                self._files[name].write(array[at : at + WRITE_TOKENS].astype(dtype, copy=False).data)
 
     def _begin_labels(self) -> None:
         """Give the documents so far their tokens for labels."""
         self._files[TOKENS].flush()
         self._files[LABELS] = self._open(LABELS)
-        self._write(
-            LABELS, np.memmap(self._folder / TOKENS, self._dtype, "r") if self.num_tokens else np.zeros(0), "int32"
-        )
+        if self.num_tokens:
+            self._write(LABELS, [np.memmap(self._folder / TOKENS, self._dtype, "r")], "int32")
 
     def __enter__(self) -> _Store:
         return self

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 BATCH_ROWS = 1024  # of a table, at most
 BATCH_BYTES = 1 << 25  # of a table, about, when it is in memory
 CHUNK = 1 << 20  # bytes of a JSON array, read at once
-LONG_LINE = 1 << 16  # characters; such a line holds many numbers, so that equal ones are worth keeping once
+LONG = 1 << 24  # characters of JSON from which on equal numbers are kept once: slower, and a third of the memory
 
 _ENDINGS = {"json": "json", "jsonl": "json", "ndjson": "json", "parquet": "parquet", "arrow": "arrow", "txt": "text"}
 _OPENERS: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -338,7 +338,7 @@ class _Interned(dict):
 
 def _decoder(size: int) -> json.JSONDecoder:
     return (
-        _PLAIN if size < LONG_LINE else json.JSONDecoder(object_pairs_hook=_unique, parse_int=_Interned().__getitem__)
+        _PLAIN if size < LONG else json.JSONDecoder(object_pairs_hook=_unique, parse_int=_Interned().__getitem__)
     )
 
 
@@ -375,18 +375,21 @@ def _line_rows(stream: io.BufferedIOBase, source: SourceSettings) -> Iterator[Do
         if line.isspace() or line == codecs.BOM_UTF8:
             yield None
             continue
-        content = _from_line(line, source)
-        del line  # long ones are not kept while their documents are encoded
+        try:
+            text = line.decode("utf-8").removeprefix("\ufeff")
+        except UnicodeDecodeError as error:
+            content: Document | Problem = unreadable(error)
+        else:
+            del line  # of a long line, as few copies as possible exist at the same time
+            content = _from_line(text, source)
+            del text
         yield content
         del content
 
 
-def _from_line(line: bytes, source: SourceSettings) -> Document | Problem:
+def _from_line(text: str, source: SourceSettings) -> Document | Problem:
     try:
-        text = line.decode("utf-8").removeprefix("\ufeff")
         value = _decoder(len(text)).decode(text)
-    except UnicodeDecodeError as error:
-        return unreadable(error)
     except json.JSONDecodeError as error:
         if error.pos >= len(text.rstrip()):
             advice = "the line ends within a value; an object must be on one line (`jq -c .` writes it so)"
@@ -496,6 +499,8 @@ class _Text:
         begin, self._at = self._at, end
         if not self._text.isascii() and _BYTES_NOT_UTF8.search(self._text, begin, end):
             return Problem("unreadable", "cannot be read: it is not UTF-8")
+        if self._at > CHUNK:
+            self._text, self._at = self._text[self._at :], 0
         return value
 
 

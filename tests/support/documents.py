@@ -9,8 +9,10 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pytest
 
 from distca.config import DataSettings
+from distca.errors import DataError
 from distca.launch.data import LABELS, LENGTHS, META, NO_TARGET, STARTS, TARGETS, TOKENS, Corpus
 from distca.launch.prepare import prepare
 
@@ -75,3 +77,25 @@ def prepared_corpus(folder: Path, *lengths: Sequence[int], **settings: Any) -> t
         num_tokens += sum(source)
     data = data_settings(folder / "cache", *paths, **settings)
     return data, Corpus(prepare(data, max(num_tokens, 2)))
+
+
+def stored(settings: DataSettings, vocab_size: int = 259, source: int = 0) -> list[list[int]]:
+    """What `prepare` stores of a source, as lists of token ids."""
+    corpus = Corpus(prepare(settings, vocab_size))
+    return [corpus.tokens(source, row).tolist() for row in range(corpus.num_documents[source])]
+
+
+def stored_labels(settings: DataSettings, vocab_size: int = 259, source: int = 0) -> list[list[int]]:
+    corpus = Corpus(prepare(settings, vocab_size))
+    return [corpus.labels(source, row).tolist() for row in range(corpus.num_documents[source])]
+
+
+def as_bytes(texts: Iterable[str], eos: bool = True) -> list[list[int]]:
+    return [[byte + 3 for byte in text.encode()] + [1] * eos for text in texts]
+
+
+def refusal(settings: DataSettings, vocab_size: int = 259) -> str:
+    with pytest.raises(DataError) as caught:
+        prepare(settings, vocab_size)
+    assert not [path for path in settings.cache.glob("*") if path.is_dir()], "a refused source must leave nothing"
+    return str(caught.value)
