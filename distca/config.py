@@ -24,6 +24,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -36,6 +37,10 @@ KIND_NAMES |= {NoneType: "none", tuple: "list of texts"}
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
+def _takes_numbers(kind: Any) -> bool:
+    return kind in (int, float) or isinstance(kind, int) or any(map(_takes_numbers, get_args(kind)))
+
+
 class Settings(BaseModel):
     """Frozen, strict about names, documented by the strings under its fields."""
 
@@ -43,14 +48,18 @@ class Settings(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, str_min_length=1
     )
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _no_empty_paths(cls, values: Any) -> Any:
-        """`Path("")` would be the folder one happens to stand in."""
-        for name, value in values.items() if isinstance(values, dict) else ():
-            if value == "" and name in cls.model_fields and cls.model_fields[name].annotation is Path:
-                raise ValueError(f"{name} is empty: give a path, or leave it out")
-        return values
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """What Python and pydantic would take for something else than what was written."""
+        kind = cls.model_fields[info.field_name].annotation
+        if value == "" and kind is Path:  # the folder one happens to stand in
+            raise ValueError("empty: give a path, or leave it out")
+        if isinstance(value, bool) and _takes_numbers(kind):  # as 0 or 1
+            raise ValueError(f"want {_allowed(kind)}, got {value!r}")
+        if kind is bool and isinstance(value, (int, float)) and not isinstance(value, bool):
+            raise ValueError(f"want true or false, got {value!r}")
+        return value
 
 
 class ModelSettings(Settings):
