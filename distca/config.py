@@ -291,10 +291,6 @@ class RunSettings(Settings):
                 f"train.tokens_per_step = {train.tokens_per_step} cannot be shared equally: it must be a multiple of "
                 f"parallel.trainers x {what} = {per_round}; {near} would work"
             )
-        longest = min(self.data.max_document_tokens or self.tokens_per_micro_batch, self.tokens_per_micro_batch)
-        if longest < 2:
-            what = "train.tokens_per_step" if self.tokens_per_micro_batch < 2 else "data.max_document_tokens"
-            raise ValueError(f"{what}: documents of one token hold nothing to predict; ask for at least 2")
         return self
 
     @property
