@@ -9,6 +9,7 @@ errors, all errors are reported at once, and nothing outside this file and its o
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,23 +29,35 @@ from pydantic import (
 )
 
 from distca.errors import SettingsError
+from distca.paths import looks_local
 
 KIND_NAMES = {str: "text", int: "integer", float: "number", bool: "true | false", Path: "path", dict: "mapping"}
-KIND_NAMES |= {NoneType: "none"}
+KIND_NAMES |= {NoneType: "none", tuple: "list of texts"}
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 class Settings(BaseModel):
     """Frozen, strict about names, documented by the strings under its fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, str_min_length=1
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_empty_paths(cls, values: Any) -> Any:
+        """`Path("")` would be the folder one happens to stand in."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if value == "" and name in cls.model_fields and cls.model_fields[name].annotation is Path:
+                raise ValueError(f"{name} is empty: give a path, or leave it out")
+        return values
 
 
 class ModelSettings(Settings):
     path: str | None = None
     """Weights to start from: a folder, or a name on the Hugging Face hub. Leave out to start from `config`."""
     revision: str | None = None
-    """Commit, tag or branch of a hub name."""
+    """Commit, tag or branch of `path`, where that is a hub name."""
     config: dict[str, Any] | None = None
     """A Hugging Face configuration (`model_type: llama`, `hidden_size: …`) for a model with fresh weights."""
     activation_checkpointing: bool = False
@@ -55,6 +68,15 @@ class ModelSettings(Settings):
         if (self.path is None) == (self.config is None):
             raise ValueError(
                 "give either `path` (weights to start from) or `config` (fresh weights), not both or neither"
+            )
+        for name in ("path", "revision"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise ValueError(f"`{name}` is empty: name something, or leave it out")
+        if self.revision is not None and (self.path is None or looks_local(self.path)):
+            raise ValueError(
+                "`revision` is of a name on the hub, but the model comes from "
+                + (f"the folder {self.path}" if self.path else "`config`")
+                + ": leave it out"
             )
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("`config` needs `model_type`, for example `model_type: llama`")
@@ -75,27 +97,54 @@ class SourceSettings(Settings):
     revision: str | None = None
     """Commit, tag or branch of a hub data set. Default: what was newest when the set was first prepared."""
     column: str | None = None
-    """Column with the document: text, or a list of token ids. Default: `input_ids` if there is one, else `text`."""
+    """Column with the document: text, or a list of token ids. Default: `input_ids` or `text`, whichever there is.
+    Beside token ids, `labels` (Hugging Face's: unshifted, -100 for none) and masks such as `loss_mask`,
+    `completion_mask` or `assistant_masks` say what is to be learnt; `attention_mask` says where padding begins."""
+    ignore_columns: tuple[str, ...] = ()
+    """Columns left aside on purpose. Needed for those that carry a meaning: masks and labels that are not to count, a
+    second text, images. Columns without a known meaning are named in the log and need not be here."""
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Share of this source in the training tokens, relative to the other sources' weights."""
+
+    @model_validator(mode="after")
+    def _column_is_wanted(self) -> SourceSettings:
+        if self.column in self.ignore_columns:
+            raise ValueError(f"`column` {self.column} is also in `ignore_columns`: it cannot be both")
+        return self
 
 
 class DataSettings(Settings):
     sources: tuple[SourceSettings, ...] = Field(min_length=1)
     """Where documents come from."""
-    tokenizer: str = "bytes"
-    """`bytes` (built in, nothing to download), or a tokenizer's folder or hub name."""
+    tokenizer: str | None = None
+    """`bytes` (built in, nothing to download), or a tokenizer's folder or hub name. Default: the model's own where
+    `model.path` is given, else `bytes`. Not used for token ids."""
     tokenizer_revision: str | None = None
     """Commit, tag or branch of a hub tokenizer."""
     append_eos: bool = True
     """End every text document with the tokenizer's end-of-sequence token, if the tokenizer does not do so itself; it
     may also put a beginning-of-sequence token first, as its model expects. Token ids are taken as they are."""
-    max_document_tokens: PositiveInt | None = None
+    control_tokens: Literal["text", "parse"] = "text"
+    """What a text means that spells a special token, such as `</s>` or `<pad>`. `text`: these characters; only the
+    tokenizer's own beginning and end are special tokens, so no document can write them. `parse`: the special token,
+    for texts that hold a template's tokens on purpose; a beginning or end that is in the text is not added again."""
+    max_document_tokens: int | None = Field(None, ge=2)
     """Longer documents are cut into documents of this many tokens. Default: as many as a micro-batch holds."""
     on_bad_document: Literal["error", "skip"] = "error"
     """Empty documents, ids outside the vocabulary, unreadable files: stop, or leave out and count."""
     cache: Path = Path("~/.cache/distca")
-    """Folder for tokenised documents, made once per source and tokenizer. Every machine that trains must see it."""
+    """Folder for tokenised documents, made once per contents of a source and tokenizer. Every machine that trains must
+    see it."""
+
+    @model_validator(mode="after")
+    def _settings_have_a_meaning(self) -> DataSettings:
+        if self.tokenizer == "bytes" and self.control_tokens == "parse":
+            raise ValueError("control_tokens: parse needs a tokenizer with special tokens in texts, not `bytes`")
+        if self.tokenizer_revision is not None and (
+            self.tokenizer is None or self.tokenizer == "bytes" or looks_local(self.tokenizer)
+        ):
+            raise ValueError("tokenizer_revision belongs to a hub name in `tokenizer`; leave it out")
+        return self
 
 
 class OptimizerSettings(Settings):
@@ -291,6 +340,10 @@ class RunSettings(Settings):
                 f"train.tokens_per_step = {train.tokens_per_step} cannot be shared equally: it must be a multiple of "
                 f"parallel.trainers x {what} = {per_round}; {near} would work"
             )
+        if self.tokens_per_micro_batch == 1:
+            raise ValueError(
+                "a micro-batch of 1 token has nothing to predict: raise train.tokens_per_step (or tokens_per_rank)"
+            )
         return self
 
     @property
@@ -312,7 +365,16 @@ class RunSettings(Settings):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-6 is a number."""
+    """YAML as people write it: 1e-6 is a number, and what is given twice is a mistake."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -328,10 +390,10 @@ for _side in (_Loader, _Dumper):
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSettings:
     """Read a run file and apply `--section.key value` overrides; raise `SettingsError` with every error found."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        values = _parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path}: cannot read the run file: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise SettingsError(f"{path}: not a YAML file: {error}") from None
     if not isinstance(values, dict):
         raise SettingsError(
@@ -340,6 +402,16 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSetting
     for key, value in _parse_overrides(overrides):
         _put(values, key, value)
     return validate_settings(values, str(path))
+
+
+def _parse(text: str) -> Any:
+    """Values of a YAML text; ValueError for whatever is none, or is written in a way that nobody means."""
+    try:
+        values = yaml.load(text, _Loader)
+        json.dumps(values, default=str, skipkeys=True)  # refuses what holds itself by an anchor
+        return values
+    except (yaml.YAMLError, RecursionError, OverflowError) as error:
+        raise ValueError(str(error)) from None
 
 
 def study_settings(overrides: Sequence[str]) -> StudySettings:
@@ -382,7 +454,7 @@ def _describe(model: type[Settings], prefix: str) -> Iterator[tuple[str, str, st
             yield prefix + name, "list", "required", " ".join((field.description or "").split())
             yield from _describe(SourceSettings, f"{prefix}{name}[i].")
         else:
-            shown = "none" if field.default is None else field.default
+            shown = "none" if field.default in (None, ()) else field.default
             default = "required" if field.is_required() else f"default {shown}"
             yield prefix + name, _allowed(kind, field.metadata), default, " ".join((field.description or "").split())
 
@@ -430,8 +502,8 @@ def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 raise SettingsError(f"--{key} needs a value")
             value = rest.pop(0)
         try:
-            yield key.replace("-", "_"), yaml.load(value, _Loader)
-        except yaml.YAMLError:
+            yield key.replace("-", "_"), _parse(value)
+        except ValueError:
             raise SettingsError(f"--{key}: cannot read {value!r} as a YAML value") from None
 
 

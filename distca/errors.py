@@ -32,3 +32,9 @@ class TryAgain(UserError):
     """Stopped, but the work is safe or the cause may pass: the same command can be run again."""
 
     exit_code = EXIT_TRY_AGAIN
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, short enough to stand within a sentence."""
+    text = getattr(error, "strerror", None) or str(error)
+    return (text.strip() or type(error).__name__).splitlines()[0]

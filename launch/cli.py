@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TextIO
 
 import tyro
 from rich.console import Console
@@ -14,7 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from distca.config import describe_settings, dump_settings, load_settings, split_overrides, study_settings
-from distca.errors import EXIT_OK, EXIT_OTHER, SettingsError, UserError
+from distca.errors import EXIT_OK, EXIT_OTHER, SettingsError, TryAgain, UserError
+from distca.launch.stop import listening, was_asked
+from distca.launch.unforeseen import in_words
 
 if TYPE_CHECKING:
     from distca.plan import PlanInputs
@@ -30,6 +35,7 @@ Exit codes: 0 ok, 2 bad settings, 3 bad data, 75 stopped with a checkpoint or tr
 class Train:
     """Train from a run file. Any setting can be given as --section.key value; `distca settings` lists them all."""
 
+    stopped: ClassVar[str] = "stopped before step 1, as asked; nothing was left behind"
     run: tyro.conf.Positional[Path]
     """YAML run file."""
     insecure: bool = False
@@ -49,6 +55,7 @@ class Resume:
     """Go on from a run's newest checkpoint, bit for bit. --parallel.servers and other settings of the pool may
     change."""
 
+    stopped: ClassVar[str] = "stopped before its first step, as asked; the run stays as it was"
     folder: tyro.conf.Positional[Path]
     """The run's folder."""
     insecure: bool = False
@@ -259,6 +266,12 @@ class ListSettings:
         return EXIT_OK
 
 
+class StoppedAtOnce(UserError):
+    """A second Ctrl-C."""
+
+    exit_code = 130
+
+
 class ConsoleHandler(logging.Handler):
     """Log records among the console's own lines, never broken in two: they hold paths to be copied."""
 
@@ -271,6 +284,47 @@ class ConsoleHandler(logging.Handler):
         self._console.print(self.format(record), style=style, highlight=False, markup=False)
 
 
+class _LastingStream:
+    """A stream that may lose its reader (a pipe's other end, a terminal, room on a disk): the rest goes nowhere."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._lose()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._lose()
+
+    def _lose(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())  # what the stream still holds must be able to leave it
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _lasting_output() -> Iterator[None]:
+    """A run does not end because nobody reads on, as in `distca train run.yaml | head`."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_LastingStream, before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
 Command = Train | Resume | Verify | Plan | Export | Measure | Annotated[ListSettings, tyro.conf.subcommand("settings")]
 
 
@@ -281,19 +335,28 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """One command; its exit code."""
-    console = Console(soft_wrap=True)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ConsoleHandler(console)])
-    logging.getLogger("distca").setLevel(logging.INFO)
-    try:
-        rest, overrides = split_overrides(arguments)
-        command = tyro.cli(Command, prog="distca", description=ABOUT, args=rest)
-        return command(overrides, console)
-    except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]distca:[/] {escape(str(error))}", highlight=False)
-        return error.exit_code
-    except KeyboardInterrupt:
-        Console(stderr=True).print("distca: stopped at once; nothing was saved after the last checkpoint")
-        return 130
+    with listening(), _lasting_output():
+        console = Console(soft_wrap=True)
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ConsoleHandler(console)])
+        logging.getLogger("distca").setLevel(logging.INFO)
+        command = None
+        try:
+            rest, overrides = split_overrides(arguments)
+            command = tyro.cli(Command, prog="distca", description=ABOUT, args=rest)
+            return command(overrides, console)
+        except (Exception, KeyboardInterrupt) as error:
+            told = _told(error, getattr(command, "stopped", "stopped, as asked; nothing was written"))
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]distca:[/] {escape(str(told))}", highlight=False)
+        return told.exit_code
+
+
+def _told(error: BaseException, stopped: str) -> UserError:
+    """What ended a command, for its user; `stopped` is how this command ends where it was asked to."""
+    if was_asked():  # whatever a library made of it
+        return TryAgain(stopped)
+    if isinstance(error, KeyboardInterrupt):
+        return StoppedAtOnce("stopped at once; nothing was saved after the last checkpoint")
+    return error if isinstance(error, UserError) else in_words(error)
 
 
 def _refuse_overrides(command: str, overrides: list[str]) -> None:

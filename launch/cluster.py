@@ -8,7 +8,8 @@
 
 Workers are plain classes: Ray gives them a process, and only this file knows that. What this file promises:
   - a Ray of our own listens on loopback alone, asks for a token that nobody else knows, and joins no other;
-  - whichever way the driver ends, its processes end too, even those stuck in native code;
+  - whichever way the driver ends, all that its Ray has started ends too, even what is stuck in native code;
+  - a signal that asks a run to stop is for the driver alone, also where everybody gets it;
   - every failure of a worker reaches the caller as one `UserError` that names the worker and what it was doing.
 """
 
@@ -53,6 +54,8 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distca.errors import SettingsError, TryAgain, UserError
+from distca.launch.keeper import keeping
+from distca.launch.stop import held
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +160,7 @@ def start_ray(
 
     `env` is set in every worker. Workers print into `run_folder/logs`. A cluster that does not ask for a token is
     refused unless `insecure`. On the way out Ray is shut down, the environment and SIGTERM's handler are as before.
+    Requests to stop wait while Ray starts and while it ends: its threads and processes are born deaf to them.
     """
     assert not ray.is_initialized(), "this process is connected to a Ray already"
     # The kernel ends our processes when the *thread* that started them ends.
@@ -167,8 +171,15 @@ def start_ray(
     address = os.environ.get("RAY_ADDRESS", "local")
     own = address in ("", "local")
     started = _start_own(num_workers, gpus, worker_env) if own else _join(address, worker_env, insecure)
-    with _sigterm_kept(), _environment(PYTHONBREAKPOINT=os.environ.get("PYTHONBREAKPOINT")), started as host:
-        yield Cluster(own=own, host=host, logs=logs)
+    with contextlib.ExitStack() as stack:
+        try:
+            with held(), _sigterm_kept():
+                stack.enter_context(_environment(PYTHONBREAKPOINT=os.environ.get("PYTHONBREAKPOINT")))
+                host = stack.enter_context(started)
+            yield Cluster(own=own, host=host, logs=logs)
+        finally:
+            with held():
+                stack.close()
 
 
 @contextlib.contextmanager
@@ -190,8 +201,9 @@ def _start_own(num_workers: int, gpus: bool, worker_env: Mapping[str, str]) -> I
         )
         stack.enter_context(_loopback_only())
         stack.enter_context(_quiet())
-        stack.callback(ray.shutdown)
-        with _environment(**worker_env):  # workers inherit it from Ray's processes, which start here
+        mark = stack.enter_context(keeping(folder))
+        stack.callback(_shut_down)
+        with _environment(**worker_env, **mark):  # workers inherit it from Ray's processes, which start here
             ray.init(
                 address="local",
                 _node_ip_address=LOOPBACK,
@@ -204,6 +216,13 @@ def _start_own(num_workers: int, gpus: bool, worker_env: Mapping[str, str]) -> I
                 logging_level=logging.ERROR,
             )
         yield LOOPBACK
+
+
+def _shut_down() -> None:
+    """End Ray and what it started here; left alone it asks each process with a SIGTERM, which none hears, and waits."""
+    if node := ray_driver._global_node:
+        node.kill_all_processes = lambda **_: type(node).kill_all_processes(node, check_alive=False, wait=True)
+    ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -279,7 +298,7 @@ def _environment(**values: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Ray puts a handler of its own, and an environment variable for its debugger, and leaves both."""
+    """Ray puts a handler of its own, which would end the driver in the middle of whatever it does."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield

@@ -8,39 +8,36 @@ from pathlib import Path
 
 from distca.config import load_settings
 from distca.errors import SettingsError
-from distca.launch.prepare import load_tokenizer
 from distca.launch.publish import newest
-from distca.launch.train import CHECKPOINTS, RUN_FILE
-from distca.parallel.attach import build_model, read_config
+from distca.launch.runs import CHECKPOINTS, CONFIG, MODEL, RUN_FILE, read_own_config
 from distca.parallel.engine import DTYPES, full_weights
+from distca.parallel.models import build_model, read_config, without_advice
 
 
 def export(folder: Path, out: Path) -> int:
     """Write the run's newest checkpoint to `out`, all or nothing; returns its step."""
     if out.exists():
         raise SettingsError(f"{out} exists already: name a folder that does not")
+    if not out.absolute().parent.is_dir():
+        raise SettingsError(f"{out}: there is no folder {out.absolute().parent}")
     settings = load_settings(folder / RUN_FILE)
     checkpoint = newest(folder / CHECKPOINTS)
-    m = settings.model
-    config = read_config(m.path, m.config, m.revision)
+    config = read_config(None, read_own_config(folder))
     model = build_model(config, None, None, DTYPES[settings.train.precision], settings.seed, attention="sdpa")
-    weights = {
-        name.removeprefix(
-            "model.",
-        ): value
-        for name, value in full_weights(checkpoint.path).items()
-    }
+    weights = {name.removeprefix("model."): value for name, value in full_weights(checkpoint.path).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
-        name for name, _ in model.named_parameters()
-    }
+    every, once = (dict(model.named_parameters(remove_duplicate=remove)) for remove in (False, True))
+    tied = every.keys() - once.keys()
     assert not unexpected and set(missing) <= tied, f"the checkpoint lacks {missing} and has {unexpected} too many"
     model.tie_weights()
 
     draft = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        model.save_pretrained(draft)
-        load_tokenizer(settings.data).save_pretrained(draft)
+        with without_advice():
+            model.save_pretrained(draft)
+        for file in (folder / MODEL).iterdir():  # the tokenizer, and how the model is to generate
+            if file.name != CONFIG:
+                shutil.copyfile(file, draft / file.name)
         draft.rename(out)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)

@@ -11,8 +11,8 @@ from distca.launch.prepare import prepare
 from distca.launch.server import pool_of
 from distca.masks import MaskRule
 from distca.order import Cursor
-from distca.parallel.attach import read_config
 from distca.parallel.engine import DTYPES
+from distca.parallel.models import layers_of, read_config
 from distca.plan import MILLION, PlanInputs
 
 
@@ -20,15 +20,14 @@ def inputs_of_run(settings: RunSettings, micro_batch: int) -> PlanInputs:
     """What a run's trainers plan its n-th micro-batch from (1 is the first), under a causal mask."""
     m, planner = settings.model, settings.planner
     config = read_config(m.path, m.config, m.revision)
-    corpus = Corpus(prepare(settings.data, config.vocab_size))
+    corpus = Corpus(prepare(settings.data, config.vocab_size, m.path, m.revision))
     stream = DocumentStream(corpus, settings.data, settings.seed, settings.tokens_per_micro_batch)
     cursor = Cursor()
     for _ in range(micro_batch):
         pieces, cursor = stream.pieces(cursor)
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shape = AttentionShape(heads, kv_heads, head_dim, DTYPES[settings.train.precision].itemsize)
+    first = layers_of(config)[0]
+    precision = DTYPES[settings.train.precision]
+    shape = AttentionShape(first.query_heads, first.kv_heads, first.head_dim, precision.itemsize)
     return PlanInputs(
         pieces.lengths,
         (MaskRule(),),
@@ -36,7 +35,7 @@ def inputs_of_run(settings: RunSettings, micro_batch: int) -> PlanInputs:
         pool_of(settings),
         round(planner.tolerance * MILLION),
         planner.block,
-        heads // kv_heads,
+        first.query_heads // first.kv_heads,
         costs_of(planner),
         wires_of(planner, shape),
     )

@@ -13,7 +13,6 @@ A checkpoint is published, not written: files, a manifest with their checksums, 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -26,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distca.errors import DataError, UserError
+from distca.errors import DataError, TryAgain
+from distca.launch.unforeseen import full_disk, room
 from distca.metrics import bytes_text
 
 logger = logging.getLogger(__name__)
@@ -34,12 +34,11 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"  # holds the name of the newest, for people and other tools; `newest` looks for itself
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ALMOST_FULL_BYTES = 1 << 20  # a library may report a full disk as any error; with less than this left, it was that
 
 
-class NoSpace(UserError):
-    """The disk is full. What was published before is untouched; the run may go on and try again later."""
+class NoSpace(TryAgain):
+    """The disk is full. What was published before is untouched; with room on the disk the run can go on from there."""
 
 
 class BrokenCheckpoint(DataError):
@@ -75,25 +74,24 @@ def publishing(
         yield draft
         _publish(folder, draft, step, facts)
     except BaseException as error:
-        written, free = _size(draft), shutil.disk_usage(folder).free
+        full, written, free = _is_full_disk(error, folder), _size(draft), room(folder)
         shutil.rmtree(draft, ignore_errors=True)
-        if _is_full_disk(error, free):
+        if full:
             needs = f"{bytes_text(needed_bytes)}" if needed_bytes is not None else f"more than {bytes_text(written)}"
             raise NoSpace(
                 f"no room for the checkpoint of step {step} in {folder}: it needs {needs}, {bytes_text(written)} were "
-                f"written when {bytes_text(free)} were free. Older checkpoints are untouched; free some space or lower "
-                "checkpoint.keep."
+                f"written when the disk was full ({free}). {_kept(folder)}; make room there, or lower checkpoint.keep, "
+                "and go on from it"
             ) from error
         raise
 
 
 def require_space(folder: str | Path, needed_bytes: int) -> None:
     """Raise `NoSpace` unless the folder's disk has that many bytes free."""
-    existing = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
+    free = room(folder)
+    if not free.files or free.bytes < needed_bytes:
         raise NoSpace(
-            f"no room in {folder}: {bytes_text(needed_bytes)} are needed, {bytes_text(free)} are free. "
+            f"no room in {folder}: {bytes_text(needed_bytes)} are needed, {free}. "
             "Nothing was written; free some space, or lower checkpoint.keep."
         )
 
@@ -138,6 +136,11 @@ def verify(path: str | Path) -> Published:
         if digest != noted["blake2b"]:
             raise BrokenCheckpoint(f"{path / name}: its bytes have changed since it was published (checksum)")
     return Published(path, manifest["step"], manifest["facts"])
+
+
+def steps_published(folder: str | Path) -> list[int]:
+    """Of which steps there are checkpoints that lack no bytes, newest first; for a sentence: nothing is read again."""
+    return [_step_of(path) for path in _published(Path(folder)) if _is_complete(path)]
 
 
 def prune(folder: str | Path, keep: int) -> list[Path]:
@@ -272,10 +275,16 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _is_full_disk(error: BaseException, free: int) -> bool:
-    if isinstance(error, OSError) and error.errno in FULL_DISK:
+def _is_full_disk(error: BaseException, folder: Path) -> bool:
+    if full_disk(error):
         return True
-    return isinstance(error, Exception) and free < ALMOST_FULL_BYTES
+    free = room(folder)
+    return isinstance(error, Exception) and (not free.files or free.bytes < ALMOST_FULL_BYTES)
+
+
+def _kept(folder: Path) -> str:
+    steps = steps_published(folder)
+    return f"The newest checkpoint is of step {steps[0]}" if steps else "There is no checkpoint yet"
 
 
 def _size(folder: Path) -> int:

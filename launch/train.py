@@ -9,25 +9,22 @@ from __future__ import annotations
 import logging
 import platform
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
 from importlib.metadata import version
-from operator import getitem
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from transformers import PretrainedConfig
 
-from distca.config import FORMULAS, RunSettings, dump_settings, load_settings
+from distca.config import RunSettings, dump_settings, load_settings
 from distca.errors import DataError, SettingsError, TryAgain, UserError
-from distca.hardware import costs_of, read_hardware, write_hardware
+from distca.hardware import costs_of
 from distca.launch.cluster import (
     Worker,
     WorkerFailed,
@@ -41,51 +38,71 @@ from distca.launch.cluster import (
 from distca.launch.data import Corpus, first_step_with_targets
 from distca.launch.monitor import Monitor
 from distca.launch.prepare import prepare
-from distca.launch.publish import Published, newest, prune, publishing
+from distca.launch.publish import Published, newest, prune, publishing, steps_published
+from distca.launch.runs import (
+    CHECKPOINTS,
+    RUN_FILE,
+    absolute_paths,
+    changes_since,
+    keep_model,
+    kept_documents,
+    known_documents,
+    refuse_other_documents,
+    with_kernel_times,
+    with_own_model,
+    write_settings,
+)
 from distca.launch.server import DedicatedServer, Meeting, backend_of, pool_of
+from distca.launch.stop import finishing
 from distca.launch.trainer import PlanSummary, Trainer, TrainerReport
+from distca.launch.unforeseen import in_words
 from distca.launch.verify import Comparison
 from distca.metrics import StepRecord
 from distca.order import Cursor
-from distca.parallel.attach import read_config, refuse_kernels
 from distca.parallel.engine import DTYPES, refuse_precision
+from distca.parallel.models import check_model, position_warning
 from distca.parallel.server import ServerReport
 from distca.plan import imbalance
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE, CHECKPOINTS, KERNEL_TIMES = "run.yaml", "checkpoints", "kernel_times.yaml"
 SIGN_OF_LIFE_S = 5.0  # a server that is well answers at once: its calls run on other threads
 
 
 def train(settings: RunSettings, console: Console, insecure: bool = False) -> Path:
     """Run from the first step; returns the run's folder."""
+    settings = absolute_paths(settings)
     refuse_precision(settings)
-    documents = _prepare(settings, console)
+    config = _check(settings)
+    documents = _prepare(settings, config, console)
     first_step_with_targets(settings, documents)  # refused before anything is started
     with _new_folder(settings) as folder:
         console.print(f"[bold]run[/] {folder}")
-        settings = _with_kernel_times(settings, folder)
-        _run(settings, folder, documents, None, console, insecure)
+        keep_model(folder, settings, config, documents)
+        settings = with_kernel_times(settings, folder)
+        _run(settings, settings, folder, documents, None, console, insecure)
     return folder
 
 
 def resume(folder: Path, overrides: list[str], console: Console, insecure: bool = False) -> Path:
     """Go on from a run's newest checkpoint, in its folder; `overrides` may change the pool, the number of steps, …"""
-    settings = load_settings(folder / RUN_FILE, overrides)
+    folder = folder.absolute()
+    settings = absolute_paths(load_settings(folder / RUN_FILE, overrides))
     checkpoint = newest(folder / CHECKPOINTS)
-    _refuse_other_settings(settings, checkpoint)
+    changes = changes_since(checkpoint, settings)
     refuse_precision(settings)
     if checkpoint.step >= settings.train.steps:
         raise SettingsError(
             f"{folder}: step {checkpoint.step} of {settings.train.steps} is done; ask for more: --train.steps "
             f"{checkpoint.step * 2}"
         )
-    settings = _with_kernel_times(settings, folder)
-    documents = _prepare(settings, console)
-    _refuse_other_documents(documents, checkpoint)
+    settings = with_kernel_times(settings, folder)
+    working = with_own_model(settings, folder, checkpoint)
+    documents = _prepare(settings, _check(working), console, checkpoint)
     console.print(f"[bold]resuming[/] {folder} after step {checkpoint.step}")
-    _run(settings, folder, documents, checkpoint, console, insecure)
+    for change in changes:
+        console.print(f"[bold]changed[/]  {change}, from step {checkpoint.step + 1} on", highlight=False)
+    _run(settings, working, folder, documents, checkpoint, console, insecure)
     return folder
 
 
@@ -93,11 +110,13 @@ def verify(settings: RunSettings, console: Console, insecure: bool = False) -> C
     """One step of the run, distributed, against one device."""
     if settings.train.precision != "fp64":
         refuse_precision(settings)
-    documents = _prepare(settings, console)
+    settings = absolute_paths(settings)
+    documents = _prepare(settings, _check(settings), console)
     step, cursor = first_step_with_targets(settings, documents)
     with (
         _new_folder(settings, prefix="verify-") as folder,
-        _team(_with_kernel_times(settings, folder), folder, documents, console, insecure) as team,
+        _accounted(folder),
+        _team(with_kernel_times(settings, folder), folder, documents, console, insecure) as team,
         console.status("one step distributed, and one on one device"),
     ):
         _refuse_bad_start(settings, team)
@@ -168,6 +187,7 @@ def _team(
 
 
 def _run(
+    run_file: RunSettings,
     settings: RunSettings,
     folder: Path,
     documents: tuple[Path, ...],
@@ -175,20 +195,23 @@ def _run(
     console: Console,
     insecure: bool,
 ) -> None:
-    """Steps after `start` (or all), to the end of the run or until asked to stop."""
+    """Steps after `start` (or all), to the end of the run or until asked to stop.
+
+    `run_file` is what the run's file says, `settings` what its workers go by: after `start` the run's own model."""
     steps, done = settings.train.steps, start.step if start else 0
     cursor = Cursor(*start.facts["cursor"]) if start else Cursor()
-    with _team(settings, folder, documents, console, insecure) as team, _stop_request() as stop:
+    with _accounted(folder), _team(settings, folder, documents, console, insecure) as team:
         if start:
             _ask(team.trainers, "load", start.path, what="loading the checkpoint")
         else:
             _refuse_bad_start(settings, team)
         _ask(team.trainers, "seek", done + 1, cursor, what="reading its documents")
-        _write_settings(settings, folder)
+        asked = finishing()  # until here a request ends the command, and nothing of it is left
+        write_settings(run_file, folder)
         before = start.facts.get("record") if start else None  # checkpoints of older versions have none
         monitor = Monitor(folder, settings.monitor, first_step=done + 1, before=before)
         try:
-            monitor.start(dump_settings(settings), _versions() | _describe(settings, team, documents, console))
+            monitor.start(dump_settings(run_file), _versions() | _describe(settings, team, documents, console))
             reporter = _Reporter(settings, team, monitor, console)
             seen = before or dict(tokens_seen=done * settings.train.tokens_per_step, targets_seen=None if done else 0)
             saved = done
@@ -199,14 +222,13 @@ def _run(
                 record = _record(settings, step, time.perf_counter() - clock, seen, trainers, servers)
                 seen = record.fields()
                 _refuse_bad_numbers(record, saved)
-                stopping = stop.is_set()  # looked at once: who stops has saved
-                if _is_due(settings, step) or stopping:
+                if _is_due(settings, step) or asked.is_set():
                     if not _weights_are_finite(team):
                         raise UserError(_stopped_because(f"step {step} left weights that are not finite", saved))
-                    save_s = _publish(settings, folder, documents, team, record, trainers[0], monitor)
+                    save_s = _publish(run_file, folder, documents, team, record, trainers[0], monitor)
                     saved, record = step, replace(record, checkpoint_save_s=save_s)
                 reporter.show(record, trainers)
-                if stopping and step < steps:
+                if asked.is_set() and saved == step < steps:
                     raise TryAgain(
                         f"stopped as asked after step {step}, with a checkpoint; go on with: distca resume {folder}"
                     )
@@ -272,49 +294,17 @@ def _publish(
 ) -> float:
     """Publish a checkpoint and forget the oldest; the seconds that took."""
     start, step = time.perf_counter(), record.step
-    names = [path.name for path in documents]  # they tell apart what was prepared from other files
-    facts = dict(settings=bound_settings(settings), documents=names, cursor=list(report.cursor), record=record.fields())
+    facts = dict(
+        settings=settings.model_dump(mode="json"),
+        documents=known_documents(documents),
+        cursor=list(report.cursor),
+        record=record.fields(),
+    )
     with publishing(folder / CHECKPOINTS, step, facts) as draft:
         _ask(team.trainers, "save", draft, what=f"saving step {step}")
     prune(folder / CHECKPOINTS, settings.checkpoint.keep)
     monitor.event(step, f"checkpoint of step {step} published")
     return time.perf_counter() - start
-
-
-# what a checkpoint's files, and its place in the data, have a meaning under; attention servers are not among it
-BOUND = (
-    *("parallel.trainers", "parallel.zero_stage", "train.precision", "train.optimizer"),
-    *("model.path", "model.revision", "model.config", "seed", "data"),
-)
-
-
-def bound_settings(settings: RunSettings) -> dict[str, Any]:
-    """The settings in `BOUND`, as JSON."""
-    values = settings.model_dump(mode="json", exclude={"data": {"cache"}})
-    return {name: reduce(getitem, name.split("."), values) for name in BOUND}
-
-
-def _refuse_other_settings(settings: RunSettings, checkpoint: Published) -> None:
-    """A checkpoint goes on only under the settings it was made with; attention servers may change freely."""
-    made_with = checkpoint.facts["settings"]
-    wrong = [
-        f"{name}: {made_with[name]} (asked for {value})"
-        for name, value in bound_settings(settings).items()
-        if made_with[name] != value
-    ]
-    if wrong:
-        raise SettingsError(
-            f"{checkpoint.path} can only be resumed with {', '.join(wrong)}; attention servers may change freely"
-        )
-
-
-def _refuse_other_documents(documents: tuple[Path, ...], checkpoint: Published) -> None:
-    if checkpoint.facts["documents"] != [path.name for path in documents]:
-        raise DataError(
-            f"{checkpoint.path}: the documents have changed since; its place in them has no meaning now. Restore the "
-            "files "
-            "of data.sources, or start a new run"
-        )
 
 
 def _record(
@@ -432,32 +422,34 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _prepare(settings: RunSettings, console: Console) -> tuple[Path, ...]:
+def _check(settings: RunSettings) -> PretrainedConfig:
+    """The model's configuration; whatever can be refused without documents and processes is refused here."""
     m, device = settings.model, "cuda" if _use_gpus(settings) else "cpu"
-    config = read_config(m.path, m.config, m.revision)
-    refuse_kernels(config, backend_of(settings), DTYPES[settings.train.precision], device)
-    costs_of(settings.planner)  # a table that cannot be read is refused here, before any process starts
+    config = check_model(m, backend_of(settings), DTYPES[settings.train.precision], device)
+    costs_of(settings.planner)  # a table that cannot be read
+    return config
+
+
+def _prepare(
+    settings: RunSettings, config: PretrainedConfig, console: Console, checkpoint: Published | None = None
+) -> tuple[Path, ...]:
+    """The run's documents; with a checkpoint, the ones that it was made with, wherever the files lie by now."""
     with console.status("preparing documents"):
-        return prepare(settings.data, config.vocab_size)
-
-
-def _with_kernel_times(settings: RunSettings, folder: Path) -> RunSettings:
-    """The settings with the planner's table in the run's own folder, which every worker sees and nobody measures
-    anew: plans stay the same."""
-    named, own = Path(settings.planner.cost), folder / KERNEL_TIMES
-    if settings.planner.cost in FORMULAS:
-        return settings
-    if named.exists() or not own.exists():  # the folder may have been moved since
-        write_hardware(own, read_hardware(named))
-    planner = settings.planner.model_copy(update={"cost": str(own.resolve())})
-    return settings.model_copy(update={"planner": planner})
-
-
-def _write_settings(settings: RunSettings, folder: Path) -> None:
-    """What `resume` goes by; at no moment half a file."""
-    draft = folder / f".{RUN_FILE}"
-    draft.write_text(dump_settings(settings), encoding="utf-8")
-    draft.replace(folder / RUN_FILE)
+        try:
+            documents = prepare(settings.data, config.vocab_size, settings.model.path, settings.model.revision)
+        except (DataError, SettingsError) as error:
+            kept = checkpoint and kept_documents(settings, checkpoint)
+            if not kept:
+                raise
+            logger.warning("%s; going on with the documents as they were prepared before", error)
+            return kept
+    if checkpoint:
+        refuse_other_documents(documents, checkpoint)
+    longest = max(int(lengths.max()) for lengths in Corpus(documents).lengths)
+    limit = min(settings.data.max_document_tokens or longest, settings.tokens_per_micro_batch)
+    if sentence := position_warning(config, min(longest, limit)):
+        logger.warning(sentence)
+    return documents
 
 
 @contextmanager
@@ -466,10 +458,25 @@ def _new_folder(settings: RunSettings, prefix: str = "") -> Iterator[Path]:
     folder = _make_folder(settings, prefix)
     try:
         yield folder
-    except (SettingsError, DataError, TryAgain):
+    except (SettingsError, DataError, TryAgain, KeyboardInterrupt):
         if not (folder / RUN_FILE).exists():
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _accounted(folder: Path) -> Iterator[None]:
+    """What nobody foresaw leaves in words, its traceback among the run's logs, and with the way to go on."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        told, steps = in_words(error, folder / "logs" / "driver.txt"), steps_published(folder / CHECKPOINTS)
+        if steps:
+            go_on = f"the newest checkpoint is of step {steps[0]}; go on with: distca resume {folder}"
+            raise type(told)(f"{told}; {go_on}") from error
+        raise told from error
 
 
 def _make_folder(settings: RunSettings, prefix: str) -> Path:
@@ -491,23 +498,3 @@ def _use_gpus(settings: RunSettings) -> bool:
     """Whether every worker gets a GPU."""
     wanted, num_workers = settings.parallel.device, settings.parallel.trainers + settings.parallel.servers
     return wanted == "cuda" or (wanted == "auto" and torch.cuda.device_count() >= num_workers)
-
-
-@contextmanager
-def _stop_request() -> Iterator[threading.Event]:
-    """Set when somebody asks the run to stop (Ctrl-C, SIGTERM): the step is finished and saved. The second time is at
-    once."""
-    stop = threading.Event()
-
-    def ask(_signal, _frame):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        logger.warning("finishing the step and saving it; once more to stop at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

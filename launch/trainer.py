@@ -30,10 +30,11 @@ from distca.launch.server import Meeting, backend_of, meetings, open_link, pool_
 from distca.launch.verify import Comparison, Document, compare_with_one_device
 from distca.masks import MaskRule
 from distca.order import Cursor, Pieces
-from distca.parallel.attach import PackedCausalLM, build_model, checkpoint_activations, probe, read_config
+from distca.parallel.attach import PackedCausalLM, checkpoint_activations, probe
 from distca.parallel.core_attention import CallStatistics, CoreAttention, Exchange
 from distca.parallel.engine import DTYPES, Engine, PlainEngine
 from distca.parallel.link import LocalLink
+from distca.parallel.models import build_model, read_config
 from distca.parallel.server import AttentionServer, ServerReport
 from distca.plan import MILLION, PlanInputs, combined_digest, imbalance
 from distca.planner import plan_directions
@@ -127,7 +128,7 @@ class Trainer:
             build_model(config, m.path, m.revision, DTYPES[settings.train.precision], settings.seed),
             settings.train.loss_chunk,
         )
-        self._calls = probe(self._module, backend_of(settings))
+        self._calls = probe(self._module)
         self._rules = tuple(sorted({call.rule for call in self._calls}))
         self._costs = costs_of(settings.planner)
         self._wires = wires_of(settings.planner, _shape(self._calls[0], DTYPES[settings.train.precision]))

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from distca.config import RunSettings
-from distca.parallel.attach import build_model, read_config
 from distca.parallel.engine import DTYPES, Fp64Throughout
+from distca.parallel.models import build_model, read_config
 
 TOLERANCES = {"fp64": 1e-10, "fp32": 1e-5}
 BF16_FACTOR = 2.0
@@ -106,7 +106,7 @@ def single_device_step(
     """Mean loss over all targets, and every parameter's gradient, of the stock model in one process."""
     m = settings.model
     config = read_config(m.path, m.config, m.revision)
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    attention = "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"
     model = build_model(config, m.path, m.revision, DTYPES[settings.train.precision], settings.seed, attention)
     for parameter in model.parameters():  # the run's own weights, rounded as the run rounds them
         parameter.data = parameter.data.to(dtype)

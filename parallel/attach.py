@@ -1,41 +1,35 @@
-"""How does an unmodified Hugging Face model come to use our core attention, and which models may?
+"""How does an unmodified Hugging Face model come to use our core attention, and is it the same attention as its own?
 
 Transformers looks attention up by name (`attn_implementation="distca"`) and hands unknown keywords of `model(...)`
 through to it, so the micro-batch's `CoreAttention` travels in band, as the keyword `distca`. What a layer asks for
 beyond q, k, v arrives as keywords too; whatever we do not compute exactly is refused, never ignored.
 
-Before the first step `probe` runs the model on two short documents: every attention layer must call us, and changing
-one document must leave the other as it is.
+`dry_run` runs a model without memory for weights: it tells what every layer asks for, and refuses a layer whose mask,
+as Transformers builds it, is another than the rule we compute. Before the first step `probe` runs the model on two
+short documents: every attention layer must call us, changing one document must leave the other as it is, and each
+document must come out as from the stock model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from distca.errors import SettingsError, Unsupported
+from distca.errors import Unsupported
 from distca.kernels.attention import attend
-from distca.kernels.capability import refusal
 from distca.masks import Bands, MaskRule, bands_of
 
 # Shape suffixes: T packed rows, H query heads, G key/value heads, D head size, V vocabulary.
 
-NAME = "distca"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2")
-"""Model types held to the dense reference by the tests. A new one is a word here and a row in their table."""
+NAME, CHECKED = "distca", "distca-checked"
 
 IGNORED_KEYWORDS = {
     "position_ids",
@@ -47,6 +41,9 @@ IGNORED_KEYWORDS = {
     "return_dict",
 }
 PROBE_LENGTHS = (9, 14)
+AGREEMENT = {torch.float64: 1e-5, torch.float32: 1e-4}  # relative 2-norm; norms and angles round to fp32 in both
+AGREEMENT_16_BIT = 0.1
+LONGEST_ROW = 1 << 18  # rows of a mask further out are not looked at
 
 
 def distca_attention(
@@ -77,7 +74,12 @@ def distca_attention(
             f"value heads of size {value.shape[-1]} beside query heads of size {query.shape[-1]} are not supported "
             "(MLA)"
         )
-    if others.get("is_causal") is False or not getattr(module, "is_causal", True):
+    if query.shape[1] % key.shape[1] or not query.shape[-1]:
+        raise Unsupported(
+            f"{query.shape[1]} query heads of size {query.shape[-1]} cannot share {key.shape[1]} key/value heads evenly"
+        )
+    causal = others.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise Unsupported(f"{type(module).__name__} looks ahead: only causal attention is supported")
     unknown = {name for name, value in others.items() if value is not None} - IGNORED_KEYWORDS
     if unknown:
@@ -85,9 +87,28 @@ def distca_attention(
             f"{type(module).__name__} asks for {', '.join(sorted(unknown))}, which DistCA does not compute"
         )
     q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out_THD = core_attention(q_THD, k_TGD, v_TGD, MaskRule(sliding_window or 0), float(scale), float(softcap or 0.0))
+    scale = query.shape[-1] ** -0.5 if scaling is None else _positive(scaling, "scaling", "attention scores")
+    cap = 0.0 if softcap is None else _positive(softcap, "a soft cap", "attention scores")
+    out_THD = core_attention(q_THD, k_TGD, v_TGD, rule_of(sliding_window), scale, cap)
     return out_THD[None], None
+
+
+def rule_of(sliding_window: int | None) -> MaskRule:
+    """None is no window; any other value is one, as in the model, so 0 hides everything and is refused."""
+    if sliding_window is None:
+        return MaskRule()
+    if isinstance(sliding_window, bool) or not isinstance(sliding_window, int) or sliding_window < 1:
+        raise Unsupported(
+            f"sliding_window = {sliding_window!r} lets no row see a key: give how many keys a row sees, itself "
+            "included, or null for all before it"
+        )
+    return MaskRule(sliding_window)
+
+
+def _positive(value: float, name: str, of: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise Unsupported(f"{name} of {value!r} for {of} is not supported: want a positive number, or null")
+    return float(value)
 
 
 def padding_mask(*, attention_mask=None, **_):
@@ -96,8 +117,39 @@ def padding_mask(*, attention_mask=None, **_):
     return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
 
 
+def checked_attention(module, query, key, value, attention_mask, *, distca, **keywords):
+    """`distca_attention`, where the stock model would use the same mask."""
+
+    def compared(q_THD, k_TGD, v_TGD, rule: MaskRule, scale: float, softcap: float = 0.0):
+        if attention_mask is not None:
+            longest = getattr(module.config, "max_position_embeddings", None) or 0
+            refuse_other_mask(type(module).__name__, rule, attention_mask, longest)
+        return distca(q_THD, k_TGD, v_TGD, rule, scale, softcap)
+
+    return distca_attention(module, query, key, value, None, distca=compared, **keywords)
+
+
+def stock_mask(*, mask_function, **_):
+    """Transformers' mask interface: instead of a mask, the function of rows and keys that it would be filled from."""
+    return mask_function
+
+
+def refuse_other_mask(name: str, rule: MaskRule, mask_function: Callable, longest: int) -> None:
+    """Raise where Transformers' mask of a long document is not the rule's: at its first rows, at its last, and around
+    the window's edge."""
+    length = min(LONGEST_ROW, max(64, longest, 2 * rule.window + 2))
+    edges = {0, 1, 2, length // 2, length - 1, rule.window - 1, rule.window, rule.window + 1}
+    rows, keys = torch.tensor(sorted(r for r in edges if 0 <= r < length))[:, None], torch.arange(length)[None]
+    band = bands_of(rule, np.array([length]))
+    ours = (keys - rows >= int(band.lo[0])) & (keys - rows <= int(band.hi[0]))
+    if not torch.equal(ours, mask_function(0, 0, rows, keys).expand_as(ours)):
+        raise Unsupported(f"{name} asks for a {rule} mask, but its own mask is another: this model cannot be trained")
+
+
 AttentionInterface.register(NAME, distca_attention)
 AttentionMaskInterface.register(NAME, padding_mask)
+AttentionInterface.register(CHECKED, checked_attention)
+AttentionMaskInterface.register(CHECKED, stock_mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,82 +191,16 @@ class PackedCausalLM(torch.nn.Module):
         )
         return out.last_hidden_state[0]
 
-    def _loss(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(T, hidden size) -> (T, V) in the loss's precision."""
         logits_TV = self.model.get_output_embeddings()(hidden)
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         cap = getattr(self.model.config, "final_logit_softcapping", None)
-        if cap:
-            logits_TV = cap * torch.tanh(logits_TV / cap)
+        return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
+
+    def _loss(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits_TV = self.logits(hidden)
         return torch.nn.functional.cross_entropy(logits_TV, target, ignore_index=-100, reduction="sum")
-
-
-def read_config(path: str | None, config: dict | None, revision: str | None = None) -> PretrainedConfig:
-    """The model's configuration, from a folder, the hub or a mapping; refused if we could not train it exactly."""
-    try:
-        if config is not None:
-            found = AutoConfig.for_model(**config)
-        else:
-            found = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
-        raise SettingsError(f"model: no configuration from {path or config}: {_first_line(error)}") from None
-    refuse_config(found)
-    return found
-
-
-def refuse_config(config: PretrainedConfig) -> None:
-    """Raise Unsupported for a configuration that would train to something else than a single device does."""
-    if config.model_type not in FAMILIES:
-        raise Unsupported(
-            f"model type {config.model_type!r} has not been proved exact; these have: {', '.join(FAMILIES)}"
-        )
-    if getattr(config, "attention_dropout", 0.0):
-        raise Unsupported(
-            f"attention_dropout = {config.attention_dropout} is not supported: set it to 0.0 in the model's "
-            "configuration"
-        )
-    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
-        raise Unsupported("bidirectional attention is not supported: only causal language models can be trained")
-    rope = getattr(config, "rope_parameters", None) or {}
-    for kind in {rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))} & {
-        "dynamic",
-        "longrope",
-    }:
-        raise Unsupported(
-            f"rope_type {kind!r} changes with the longest position that a rank sees, so ranks would disagree: use "
-            "'default', 'linear', 'yarn' or 'llama3'"
-        )
-
-
-def refuse_kernels(config: PretrainedConfig, backend: str, dtype: torch.dtype, device_type: str) -> None:
-    """Raise Unsupported where the back end lacks what the configuration asks for; the probe sees what layers really
-    ask."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    softcap = getattr(config, "attn_logit_softcapping", None) or 0.0
-    sentence = refusal(backend, head_dim=head_dim, dtype=dtype, softcap=softcap, device_type=device_type)
-    if sentence:
-        raise Unsupported(sentence)
-
-
-def build_model(
-    config: PretrainedConfig,
-    path: str | None,
-    revision: str | None,
-    dtype: torch.dtype,
-    seed: int,
-    attention: str = NAME,
-):
-    """The model with its weights, on the CPU: loaded, or fresh (the same for the same seed, whatever the dtype)."""
-    if path is not None:
-        options = dict(revision=revision, config=config, dtype=dtype, trust_remote_code=False)
-        try:
-            return AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, **options)
-        except (ValueError, OSError) as error:
-            raise SettingsError(f"model.path: no weights from {path}: {_first_line(error)}") from None
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    for parameter in model.parameters():  # buffers keep their precision: bf16 rotary frequencies would move positions
-        parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -250,33 +236,100 @@ def packed(rule: MaskRule, lengths: tuple[int, ...]) -> Bands:
     return Bands(bands.q0 + start, bands.q1 + start, bands.k0 + start, bands.k1 + start, bands.lo, bands.hi)
 
 
-def probe(model: PackedCausalLM, backend: str) -> list[AttentionCall]:
+def dry_run(model: PreTrainedModel) -> list[AttentionCall]:
+    """What each layer of a model on the meta device (built for `CHECKED`) asks for, in order; nothing is computed."""
+    calls: list[AttentionCall] = []
+
+    def note(q_THD, k_TGD, v_TGD, rule: MaskRule, scale: float, softcap: float = 0.0):
+        calls.append(AttentionCall(rule, scale, softcap, q_THD.shape[1], k_TGD.shape[1], q_THD.shape[2]))
+        return torch.empty_like(q_THD)
+
+    ids = torch.zeros(1, PROBE_LENGTHS[0], dtype=torch.int64, device="meta")
+    # a padding mask of one length keeps Transformers from looking for packed documents, which meta tensors do not tell
+    everything = dict(attention_mask=torch.ones_like(ids), use_cache=False, distca=note)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, position_ids=ids, **everything).last_hidden_state[0]
+        PackedCausalLM(model, 1).logits(hidden)
+    _refuse_odd_calls(model, calls)
+    return calls
+
+
+def probe(model: PackedCausalLM, backend: str = "reference") -> list[AttentionCall]:
     """What each layer asks for, in order; raises Unsupported for a model that would be silently wrong."""
-    vocab, layers = model.model.config.vocab_size, model.model.config.num_hidden_layers
+    vocab, name = model.model.config.vocab_size, model.model.config.model_type
     first, second = PROBE_LENGTHS
     positions = torch.cat([torch.arange(first), torch.arange(second)])
     tokens = torch.arange(first + second) * 7 % vocab
     changed = torch.cat([(tokens[:first] + 1) % vocab, tokens[first:]])
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with _evaluating(model):
         run = ProbeAttention(backend)
         before, after = model.hidden(tokens, positions, run), model.hidden(changed, positions, ProbeAttention(backend))
-    model.train(was_training)
-    name = model.model.config.model_type
-    if len(run.calls) != layers:
-        raise Unsupported(
-            f"{name}: {layers} layers made {len(run.calls)} attention calls; only models whose every layer is "
-            "attention can be trained"
-        )
-    if not torch.equal(before[first:], after[first:]):
-        raise Unsupported(f"{name}: changing one document changes the next one in the pack; this model mixes documents")
-    if torch.equal(before[:first], after[:first]):
-        raise Unsupported(
-            f"{name}: changing a document's tokens does not change its output; the model does not read them"
-        )
+        _refuse_odd_calls(model.model, run.calls)
+        if not before.isfinite().all():
+            raise Unsupported(
+                f"{name}: its outputs are not finite: the weights hold NaN or infinity, or are too large for "
+                f"{before.dtype}".replace("torch.", "")
+            )
+        if not torch.equal(before[first:], after[first:]):
+            raise Unsupported(
+                f"{name}: changing one document changes the next one in the pack; this model mixes documents"
+            )
+        if vocab > 1 and torch.equal(before[:first], after[:first]):
+            raise Unsupported(
+                f"{name}: changing a document's tokens does not change its output; the model does not read them"
+            )
+        for ids, ours in zip(tokens.split(PROBE_LENGTHS), before.split(PROBE_LENGTHS), strict=True):
+            _refuse_other_outputs(model, ids, ours, capped=any(call.softcap for call in run.calls))
     return run.calls
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _refuse_odd_calls(model: PreTrainedModel, calls: list[AttentionCall]) -> None:
+    layers, name = model.config.num_hidden_layers, model.config.model_type
+    if len(calls) != layers:
+        raise Unsupported(
+            f"{name}: {layers} layers made {len(calls)} attention calls; only models whose every layer is "
+            "attention can be trained"
+        )
+    if not calls:
+        raise Unsupported(f"{name}: a model without layers cannot be trained")
+
+
+def _refuse_other_outputs(model: PackedCausalLM, ids: torch.Tensor, ours: torch.Tensor, capped: bool) -> None:
+    """Raise where the stock model, on this document alone, says something else than we do."""
+    with _attention(model.model, "eager" if capped else "sdpa"):  # Transformers' sdpa knows no soft cap
+        hidden = model.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        logits = model.model(input_ids=ids[None], use_cache=False).logits[0]
+    allowed = AGREEMENT.get(ours.dtype, AGREEMENT_16_BIT)
+    for what, found, wanted in ("hidden states", ours, hidden), ("logits", model.logits(hidden), logits):
+        found, wanted = found.double(), wanted.double()
+        error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-300))
+        if not error <= allowed:
+            raise Unsupported(
+                f"{model.model.config.model_type}: the {what} of a document differ from the stock model's by "
+                f"{error:.1e} (allowed {allowed:.0e}): its attention or head is something else than DistCA computes"
+            )
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """The same weights under another attention."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """No dropout and no gradients; every module's mode and the random state as they were."""
+    modes, state = {module: module.training for module in model.modules()}, torch.get_rng_state()
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        torch.set_rng_state(state)

@@ -2,6 +2,7 @@
 
 All but the last are refused before Ray starts, so they run here in this process."""
 
+import io
 import json
 import shutil
 import socket
@@ -9,16 +10,20 @@ import socket
 import datasets
 import huggingface_hub
 import pytest
+import torch
 import yaml
 from documents import write_json_lines
+from rich.console import Console
 from team import TINY_LLAMA
 
-from distca.config import describe_settings, load_settings
+from distca.config import describe_settings, dump_settings, load_settings
 from distca.errors import EXIT_DATA, EXIT_OK, EXIT_OTHER, EXIT_SETTINGS, EXIT_TRY_AGAIN
 from distca.launch import cli, train
 from distca.launch.cluster import WorkerLost
+from distca.launch.prepare import prepare
 from distca.launch.publish import publishing
-from distca.launch.train import bound_settings
+from distca.launch.runs import absolute_paths, keep_model, known_documents
+from distca.parallel.models import build_model, read_config
 
 ROWS = [{"input_ids": list(range(1, 90))}, {"input_ids": [5, 6, 7]}]
 
@@ -32,8 +37,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+class RayWasAboutToStart(BaseException):
+    """No error that a command may put into words."""
+
+
 def no_ray(*_, **__):
-    raise AssertionError("Ray was about to start")
+    raise RayWasAboutToStart
 
 
 def write_run(folder, model=None, sources=None, **sections):
@@ -91,6 +100,21 @@ MODELS = {
 }
 
 
+MODELS |= {
+    "misspelled": (
+        dict(rope_parameters=dict(rope_typ="linear", factor=4.0)),
+        "model.config: rope_parameters: no such key 'rope_typ'; did you mean 'rope_type'?",
+    ),
+    "no window": (
+        dict(model_type="mistral", sliding_window=0),
+        "sliding_window = 0 lets no row see a key: give how many keys a row sees, itself included, or null",
+    ),
+    "heads": (dict(num_key_value_heads=3), "8 query heads of size 8 cannot share 3 key/value heads evenly"),
+    "ids": (dict(eos_token_id=96), "model.config: eos_token_id = 96 is no token of a vocabulary of 96"),
+    "two lines": (dict(tie_word_embeddings="no"), "model.config: tie_word_embeddings = 'no': want bool"),
+}
+
+
 @pytest.mark.parametrize("command", ["train", "verify"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_model_that_cannot_be_trained_exactly_is_refused(folder, capsys, model, command):
@@ -110,8 +134,28 @@ def test_a_model_without_weights_is_refused(folder, capsys, offline):
     run = write_run(folder)
     for path in ("empty", "somebody/model-that-is-not-here"):
         text = said(capsys, EXIT_SETTINGS, "train", run, "--model.config", "null", "--model.path", path)
-        assert text.startswith(f"model: no configuration from {path}")
+        place = folder / path if path == "empty" else path
+        assert text.startswith(f"model: no configuration from {place}")
     assert_nothing_left(folder)
+
+
+@pytest.mark.parametrize("command", ["train", "verify"])
+def test_weights_of_another_shape_are_refused_before_data_and_ray(folder, capsys, command):
+    build_model(read_config(None, TINY_LLAMA), None, None, torch.float32, seed=0).save_pretrained(folder / "model")
+    config = json.loads((folder / "model/config.json").read_text())
+    (folder / "model/config.json").write_text(json.dumps(config | dict(vocab_size=100)))
+    capsys.readouterr()
+    run = write_run(folder)
+    text = said(capsys, EXIT_SETTINGS, command, run, "--model.config", "null", "--model.path", "model")
+    assert "embed_tokens.weight is (96, 64), the configuration wants (100, 64)" in text
+    assert_nothing_left(folder)
+
+
+def test_documents_longer_than_the_models_positions_are_said(folder, caplog):
+    settings = load_settings(write_run(folder, dict(max_position_embeddings=50)))
+    train._prepare(settings, train._check(settings), Console(file=io.StringIO()))
+    (text,) = [r.getMessage() for r in caplog.records if "position" in r.getMessage()]
+    assert text.startswith("documents of up to 60 tokens go beyond position 50,")
 
 
 # ---- settings ----
@@ -125,7 +169,7 @@ SETTINGS = {
     "nobody serves": (["--parallel.trainers_serve", "false"], "nobody would compute attention"),
     "unknown": (["--train.step", "3"], "train.step: no such setting; did you mean 'steps'?"),
     "no value": (["--train.steps"], "--train.steps needs a value"),
-    "tokenizer": (["--data.tokenizer", "./none"], "data.tokenizer: cannot load './none'"),
+    "tokenizer": (["--data.tokenizer", "./none"], "/none': there is no such folder"),
 }
 
 
@@ -143,7 +187,7 @@ def test_fp64_verifies_but_does_not_train(folder, capsys):
     run = write_run(folder, train=dict(precision="fp64"))
     assert "fp64 is for `distca verify`" in said(capsys, EXIT_SETTINGS, "train", run)
     assert_nothing_left(folder)
-    with pytest.raises(AssertionError, match="Ray was about to start"):
+    with pytest.raises(RayWasAboutToStart):
         cli.run(["verify", str(run)])
 
 
@@ -176,7 +220,7 @@ BAD_ROWS = {
     "negative": ({"input_ids": [1, -1]}, "row 1 (counted from 0): token id -1 is outside"),
     "broken": (b'{"input_ids": [1, 2', "row 1 (counted from 0): is not JSON"),
     "column": ({"body": "x"}, "row 1 (counted from 0): has no column `text` (columns: `body`)"),
-    "type": ({"input_ids": 3}, "row 1 (counted from 0): holds 3; a document is text, or a list of integer token ids"),
+    "type": ({"input_ids": 3}, "row 1 (counted from 0): column `input_ids` holds 3; a document is text, or a list of"),
 }  # fmt: skip
 
 
@@ -185,7 +229,7 @@ def test_a_bad_document_is_named_with_its_file_and_row(folder, capsys, case):
     row, sentence = BAD_ROWS[case]
     write_json_lines(folder / "rows.jsonl", [ROWS[0], row])
     text = said(capsys, EXIT_DATA, "train", write_run(folder))
-    assert text.startswith("data.sources[0] (rows.jsonl): file rows.jsonl, ") and sentence in text
+    assert text.startswith(f"data.sources[0] ({folder}/rows.jsonl): file {folder}/rows.jsonl, ") and sentence in text
     assert "data.on_bad_document: skip" in text
     assert_nothing_left(folder)
 
@@ -208,7 +252,7 @@ def test_a_source_that_cannot_be_read_is_named(folder, capsys, offline, case):
     (folder / "folder.jsonl").mkdir()
     (folder / "folder.jsonl" / "x.parquet").write_bytes(b"PAR1 it is not")
     text = said(capsys, EXIT_DATA, "train", write_run(folder, sources=[source]))
-    assert text.startswith(f"data.sources[0] ({source['path']}): ") and sentence in text
+    assert text.startswith(f"data.sources[0] ({folder}/{source['path']}): ") or case == "hub" and sentence in text
     assert_nothing_left(folder)
 
 
@@ -219,8 +263,11 @@ def finished_run(folder, step=4):
     """A run's folder with a checkpoint that nobody will get as far as to read."""
     run = folder / "runs" / "a"
     run.mkdir(parents=True)
-    shutil.copy(write_run(folder), run / "run.yaml")
-    known = dict(settings=bound_settings(load_settings(run / "run.yaml")), documents=[], cursor=[0, 0])
+    settings = absolute_paths(load_settings(write_run(folder)))
+    (run / "run.yaml").write_text(dump_settings(settings))
+    documents = prepare(settings.data, 96)
+    keep_model(run, settings, read_config(None, settings.model.config), documents)
+    known = dict(settings=settings.model_dump(mode="json"), documents=known_documents(documents), cursor=[0, 0])
     with publishing(run / "checkpoints", step, known) as draft:
         (draft / "weights").write_text("x")
     return run
@@ -243,11 +290,11 @@ def test_resume_needs_a_run_and_a_checkpoint(folder, capsys):
         (["--parallel.zero_stage", "2"], "parallel.zero_stage: 1 (asked for 2)"),
         (["--train.precision", "bf16"], "train.precision: fp32 (asked for bf16)"),
         (["--seed", "7"], "seed: 0 (asked for 7)"),
-        (["--train.optimizer.learning_rate", "0.5"], "can only be resumed with train.optimizer"),
-        (["--data.tokenizer", "other"], "can only be resumed with data"),
+        (["--data.max_document_tokens", "9"], "data.max_document_tokens: None (asked for 9)"),
         ([], "step 4 of 4 is done; ask for more: --train.steps 8"),
         (["--kernels.backend", "triton2"], "kernels.backend: Input should be 'auto'"),
-        (["--model.config.attention_dropout", "0.5", "--train.steps", "9"], "can only be resumed with model.config"),
+        (["--model.config.attention_dropout", "0.5", "--train.steps", "9"], "attention_dropout = 0.5 is not supported"),
+        (["--model.config.hidden_size", "48", "--train.steps", "9"], "another model: hidden_size: 64 (asked for 48)"),
     ],
     ids=str,
 )
@@ -338,14 +385,15 @@ def test_ctrl_c_before_the_first_step_is_said(folder, capsys, monkeypatch):
 @pytest.mark.alone
 @pytest.mark.slow
 def test_what_only_a_worker_can_see_comes_out_as_its_sentence_and_leaves_no_run(folder, capsys, monkeypatch):
-    """Real Ray. The folder has a configuration, so the driver is content; the weights are missing."""
+    """Real Ray. The names and shapes of the weights are right, so the driver is content; one is no number."""
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    weights = folder / "model"
-    weights.mkdir()
-    (weights / "config.json").write_text(json.dumps(TINY_LLAMA | dict(architectures=["LlamaForCausalLM"])))
+    model = build_model(read_config(None, TINY_LLAMA), None, None, torch.float32, seed=0)
+    model.model.norm.weight.data[3] = torch.nan
+    model.save_pretrained(folder / "model")
     run = write_run(folder)
+    capsys.readouterr()
     text = said(capsys, EXIT_SETTINGS, "train", run, "--model.config", "null", "--model.path", "model")
-    assert text.startswith("model.path: no weights from model: ")
+    assert text.startswith("llama: its outputs are not finite: the weights hold NaN or infinity")
     assert not list((folder / "runs").iterdir())
     assert load_settings(run)

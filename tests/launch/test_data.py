@@ -25,7 +25,8 @@ from distca.config import DataSettings
 from distca.errors import DataError, SettingsError
 from distca.launch import prepare as prepare_module
 from distca.launch.data import META, NO_TARGET, Corpus, DocumentStream
-from distca.launch.prepare import UNFINISHED, Encoder, load_tokenizer, prepare
+from distca.launch.encode import Encoder, load_tokenizer
+from distca.launch.prepare import UNFINISHED, prepare
 from distca.order import Cursor
 
 TEXTS = ["one", "zwölf Boxkämpfer", "日本語 🙂", "a\x00b\n"]

@@ -157,9 +157,8 @@ def test_a_full_disk_costs_no_older_checkpoint(tmp_path, monkeypatch, where):
 
     if where == "in the manifest":
         monkeypatch.setattr(publish, "_write", full)
-    with pytest.raises(
-        NoSpace, match="checkpoint of step 2 in .*: it needs 5.0 kB, 3.0 kB were written when .* were free"
-    ):
+    said = "checkpoint of step 2 in .*: it needs 5.0 kB, 3.0 kB were written .* newest checkpoint is of step 1"
+    with pytest.raises(NoSpace, match=said):
         with publishing(tmp_path, 2, {}, needed_bytes=5000) as draft:
             (draft / "half").write_bytes(bytes(3000))
             if where == "while writing":
@@ -205,8 +204,9 @@ while True:
 
 def test_a_writer_killed_at_any_moment_leaves_what_it_had_published(tmp_path):
     random.seed(0)
-    unfinished = last = 0
-    for _ in range(12):
+    unfinished = last = rounds = 0
+    while rounds < 12 or (not (last and unfinished) and rounds < 200):  # on a busy machine many die before they write
+        rounds += 1
         command = [sys.executable, "-c", WRITER, tmp_path, str(last)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
             assert writer.stdout.readline() == "up\n"
@@ -221,7 +221,7 @@ def test_a_writer_killed_at_any_moment_leaves_what_it_had_published(tmp_path):
         assert found.facts == {"step": found.step}
         assert (found.path / "rank-2.bin").read_bytes() == found.step.to_bytes(4, "big") * 50_000
         last = found.step
-    assert last > 0 and unfinished > 0  # or this test has shown nothing
+    assert last > 0 and unfinished > 0, "this test has shown nothing"
     put(tmp_path, last + 1)
     assert not [name for name in names(tmp_path) if name.startswith(".")]  # what the dead left is gone
 

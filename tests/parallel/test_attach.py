@@ -16,11 +16,10 @@ from distca.parallel.attach import (
     PROBE_LENGTHS,
     PackedCausalLM,
     ProbeAttention,
-    build_model,
     distca_attention,
     probe,
-    read_config,
 )
+from distca.parallel.models import build_model, read_config
 from distca.plan import PlanInputs, make_pool
 
 TINY = dict(
@@ -119,7 +118,7 @@ def test_rotary_frequencies_stay_fp32_in_a_bf16_model(tmp_path, loaded):
         (dict(model_type="gemma3_text", use_bidirectional_attention=True), "only causal"),
         (dict(model_type="llama", rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), "'dynamic'"),
         (dict(model_type="no such model"), "no configuration from"),
-        (dict(model_type="llama", num_attention_heads="many"), "no configuration from"),
+        (dict(model_type="llama", num_attention_heads="many"), "num_attention_heads = 'many': want a whole number"),
     ],
     ids=["family", "dropout", "bidirectional", "dynamic rope", "unknown", "nonsense"],
 )
@@ -192,15 +191,27 @@ def test_value_heads_of_another_size_of_a_real_model_are_refused():
 
 
 class Fake(torch.nn.Module):
-    """A model of two layers, as far as the probe can see."""
+    """A model of two layers, as far as the probe can see; `stock` is what it does without us."""
 
-    def __init__(self, mix):
+    def __init__(self, mix, stock=None, head=lambda x: x):
         super().__init__()
-        self.config = SimpleNamespace(vocab_size=96, num_hidden_layers=2, model_type="fake")
-        self.embedding, self.mix = torch.nn.Embedding(96, 8), mix
+        self.config = SimpleNamespace(vocab_size=96, num_hidden_layers=2, model_type="fake", _attn_implementation=NAME)
+        self.embedding, self.mix, self.stock, self.head = torch.nn.Embedding(96, 8), mix, stock or mix, head
+        torch.nn.init.normal_(self.embedding.weight, generator=torch.Generator().manual_seed(0))
 
-    def base_model(self, input_ids, position_ids, use_cache, distca):
-        return SimpleNamespace(last_hidden_state=self.mix(self.embedding(input_ids[0]), distca)[None])
+    def base_model(self, input_ids, use_cache, position_ids=None, distca=None):
+        mix = self.stock if distca is None else self.mix
+        distca = distca or ProbeAttention("reference", (input_ids.shape[1],))
+        return SimpleNamespace(last_hidden_state=mix(self.embedding(input_ids[0]), distca)[None])
+
+    def forward(self, **inputs):
+        return SimpleNamespace(logits=self.head(self.base_model(**inputs).last_hidden_state))
+
+    def set_attn_implementation(self, name):
+        self.config._attn_implementation = name
+
+    def get_output_embeddings(self):
+        return torch.nn.Identity()
 
 
 def attend_twice(x, distca):
@@ -231,7 +242,29 @@ def test_models_that_would_be_silently_wrong_fail_the_probe(mix, sentence):
 
 
 def test_the_fake_model_itself_passes_the_probe():
-    assert len(probe(PackedCausalLM(Fake(attend_twice), 64), "reference")) == 2
+    model = Fake(attend_twice)
+    assert len(probe(PackedCausalLM(model, 64), "reference")) == 2
+    assert model.config._attn_implementation == NAME
+
+
+def attend_loudly(x, distca):
+    """A tenth more of everything that is attended."""
+    return x + 1.1 * (attend_twice(x, distca) - x)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (Fake(attend_twice, stock=attend_loudly), "the hidden states of a document differ from the stock model's"),
+        (Fake(attend_twice, head=lambda x: 30 * torch.tanh(x / 30)), "the logits of a document differ"),
+        (Fake(lambda x, distca: attend_twice(x, distca) * torch.inf), "hold NaN or infinity"),
+    ],
+    ids=["attention", "head", "not finite"],
+)
+def test_models_whose_own_attention_or_head_is_another_fail_the_probe(model, sentence):
+    with pytest.raises(Unsupported, match=sentence):
+        probe(PackedCausalLM(model, 64))
+    assert model.config._attn_implementation == NAME and model.training
 
 
 # ---- the loss ----

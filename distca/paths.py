@@ -1,0 +1,30 @@
+"""Is a name that a user gives a place on this machine, or a name on the Hugging Face hub?
+
+A name that looks like a place is never asked for on the hub: nobody wants to wait for a network to learn of a typing
+error, nor train on what a stranger uploaded under a missing folder's name."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+DATA_ENDINGS = frozenset(
+    "json jsonl ndjson parquet arrow feather txt text md csv tsv gz bz2 xz zst lz4 zip tar tgz 7z mds npy npz bin idx "
+    "h5 hdf5 avro orc pkl pt pth ckpt safetensors gguf model yaml yml".split()
+)
+
+
+def looks_local(name: str) -> bool:
+    """Would a person who reads this name look for it on this machine? Whether it is there is another question."""
+    first = name.partition("/")[0]
+    return (
+        name.startswith(("/", ".", "~"))
+        or "\\" in name
+        or name.count("/") > 1
+        or name.endswith("/")
+        or Path(name).suffix.lower().lstrip(".") in DATA_ENDINGS
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+        or os.path.exists(name)
+        or ("/" in name and os.path.isdir(first))
+    )
