@@ -4,13 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from documents import data_settings, write_prepared
+from documents import data_settings, write_json_lines, write_prepared
 from hypothesis import given
 from hypothesis import strategies as st
 from team import make_settings
 
 from distca.errors import DataError
-from distca.launch.data import NO_TARGET, Corpus, DocumentStream, first_step_with_targets
+from distca.launch.data import NO_TARGET, Corpus, DocumentStream, first_step_with_targets, read_meta
+from distca.launch.prepare import prepare
 from distca.order import Cursor, Pieces
 
 LENGTHS = [1, 2, 40, 7, 1, 90, 13, 64, 3]
@@ -94,3 +95,20 @@ def test_a_run_in_which_no_step_has_anything_to_predict_is_refused(tmp_path):
     settings, folders = run_over(tmp_path, [[5] + [NO_TARGET] * 9] * 3)
     with pytest.raises(DataError, match="nothing to predict in any of the run's 6 steps"):
         first_step_with_targets(settings, folders)
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_what_is_prepared_from_files_is_what_these_tests_write(tmp_path, sources, with_labels):
+    _, ids, labels = sources
+    rows = [
+        {"input_ids": x.tolist()} | ({"labels": y.tolist()} if with_labels else {})
+        for x, y in zip(ids[0], labels[0], strict=True)
+    ]
+    path = write_json_lines(tmp_path / "rows.jsonl", rows)
+    (prepared,) = prepare(data_settings(tmp_path / "cache", path), 96)
+    written = write_prepared(tmp_path / "written", ids[0], labels[0] if with_labels else None)
+    for name in ("tokens.bin", "starts.bin", "lengths.bin", "targets.bin", *(["labels.bin"] if with_labels else [])):
+        assert (prepared / name).read_bytes() == (written / name).read_bytes(), name
+    assert (prepared / "labels.bin").exists() == with_labels
+    for name in ("documents", "tokens", "targets", "dtype", "labels"):
+        assert read_meta(prepared)[name] == read_meta(written)[name], name
