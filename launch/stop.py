@@ -96,7 +96,8 @@ def listening() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook
-        _set(handlers)
+        # after the command of a process nothing is to be stopped any more, and Python's own ending takes a second
+        _set({number: signal.SIG_IGN if handler is _leave else handler for number, handler in handlers.items()})
 
 
 @contextlib.contextmanager
