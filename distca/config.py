@@ -55,6 +55,8 @@ class Settings(BaseModel):
         kind = cls.model_fields[info.field_name].annotation
         if value == "" and kind is Path:  # the folder one happens to stand in
             raise ValueError("empty: give a path, or leave it out")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("holds a NUL character, which no name may")
         if isinstance(value, bool) and _takes_numbers(kind):  # as 0 or 1
             raise ValueError(f"want {_allowed(kind)}, got {value!r}")
         if kind is bool and isinstance(value, (int, float)) and not isinstance(value, bool):

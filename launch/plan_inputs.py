@@ -8,6 +8,7 @@ from distca.cost import AttentionShape
 from distca.hardware import costs_of, wires_of
 from distca.launch.data import Corpus, DocumentStream
 from distca.launch.prepare import prepare
+from distca.launch.runs import absolute_paths
 from distca.launch.server import pool_of
 from distca.masks import MaskRule
 from distca.order import Cursor
@@ -18,6 +19,7 @@ from distca.plan import MILLION, PlanInputs
 
 def inputs_of_run(settings: RunSettings, micro_batch: int) -> PlanInputs:
     """What a run's trainers plan its n-th micro-batch from (1 is the first), under a causal mask."""
+    settings = absolute_paths(settings)
     m, planner = settings.model, settings.planner
     config = read_config(m.path, m.config, m.revision)
     corpus = Corpus(prepare(settings.data, config.vocab_size, m.path, m.revision))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -67,9 +68,9 @@ def absolute_paths(settings: RunSettings) -> RunSettings:
 def _absolute(name: str | Path | None, local: bool = False) -> str | None:
     if name is None:
         return None
-    name, path = str(name), Path(name).expanduser()
-    if local or looks_local(name) or path.exists() or glob.has_magic(name):
-        return str(path.absolute())
+    name, place = str(name), os.path.expanduser(name)
+    if local or looks_local(name) or os.path.exists(place) or glob.has_magic(name):
+        return str(Path.cwd() / place)
     return name
 
 

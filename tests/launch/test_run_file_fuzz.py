@@ -89,7 +89,8 @@ def spoil(draw: random.Random) -> bytes:
             letter = draw.randrange(len(name))
             here[name[:letter] + draw.choice(["", "x", "_"]) + name[letter + 1 :]] = here.pop(name)
         elif how == "add" and isinstance(here, dict):
-            here[draw.choice(["steps", "path", "extra", "weight", "config", "0", "ü"])] = copy.deepcopy(draw.choice(VALUES))
+            name = draw.choice(["steps", "path", "extra", "weight", "config", "0", "ü"])
+            here[name] = copy.deepcopy(draw.choice(VALUES))
         elif isinstance(here, dict):
             values[name] = here.pop(name)
     text = bytearray(yaml.safe_dump(values, allow_unicode=True, sort_keys=False).encode())
