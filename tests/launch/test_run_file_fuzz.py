@@ -120,6 +120,8 @@ def is_kept(value, kept) -> bool:
         return str(kept).lower() == value.lower() or float(value) == kept
     if isinstance(kept, str) and isinstance(value, str):  # a path may be made absolute
         return kept == value or Path(kept) == Path(value).expanduser().absolute()
+    if isinstance(kept, float) and isinstance(value, int):
+        return not isinstance(value, bool) and kept == float(value)
     return kept == value and isinstance(kept, bool) == isinstance(value, bool)
 
 
