@@ -298,16 +298,21 @@ def _not_utf8(head: bytes) -> Problem | None:
             return Problem("unreadable", f"cannot be read: it {sentence}")
     if re.match(rb"BZh[1-9]1AY&SY", head):
         return Problem("unreadable", "cannot be read: it is compressed with bzip2: let its name end in .bz2")
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)) or _every_other_is_zero(head):
-        wide = head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or b"\0\0\0" in head[:5]
-        code = "UTF-32" if wide else "UTF-16"
+    if width := _width(head):
+        code = f"UTF-{8 * width}"
         return Problem("unreadable", f"cannot be read: it is {code}; convert it (`iconv -f {code} -t UTF-8`)")
     return None
 
 
-def _every_other_is_zero(head: bytes) -> bool:
-    even, odd = head[::2], head[1::2]
-    return len(head) >= 4 and (not any(even) and any(odd) or not any(odd) and any(even))
+def _width(head: bytes) -> int | None:
+    """Bytes per character of a text that is not UTF-8: by its byte-order mark, or since all but one of them are 0."""
+    marked = {4: (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), 2: (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
+    for width, marks in marked.items():
+        columns = [head[at::width] for at in range(width)]
+        one_is_text = sum(map(all, columns)) == 1 and sum(map(any, columns)) == 1
+        if head.startswith(marks) or one_is_text and len(head) >= 4:
+            return width
+    return None
 
 
 def unreadable(error: BaseException) -> Problem:
