@@ -9,6 +9,7 @@ errors, all errors are reported at once, and nothing outside this file and its o
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -35,6 +37,10 @@ KIND_NAMES |= {NoneType: "none", tuple: "list of texts"}
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
+def _takes_numbers(kind: Any) -> bool:
+    return kind in (int, float) or isinstance(kind, int) or any(map(_takes_numbers, get_args(kind)))
+
+
 class Settings(BaseModel):
     """Frozen, strict about names, documented by the strings under its fields."""
 
@@ -42,14 +48,18 @@ class Settings(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, str_min_length=1
     )
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _no_empty_paths(cls, values: Any) -> Any:
-        """`Path("")` would be the folder one happens to stand in."""
-        for name, value in values.items() if isinstance(values, dict) else ():
-            if value == "" and name in cls.model_fields and cls.model_fields[name].annotation is Path:
-                raise ValueError(f"{name} is empty: give a path, or leave it out")
-        return values
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """What Python and pydantic would take for something else than what was written."""
+        kind = cls.model_fields[info.field_name].annotation
+        if value == "" and kind is Path:  # the folder one happens to stand in
+            raise ValueError("empty: give a path, or leave it out")
+        if isinstance(value, bool) and _takes_numbers(kind):  # as 0 or 1
+            raise ValueError(f"want {_allowed(kind)}, got {value!r}")
+        if kind is bool and isinstance(value, (int, float)) and not isinstance(value, bool):
+            raise ValueError(f"want true or false, got {value!r}")
+        return value
 
 
 class ModelSettings(Settings):
@@ -389,10 +399,10 @@ for _side in (_Loader, _Dumper):
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSettings:
     """Read a run file and apply `--section.key value` overrides; raise `SettingsError` with every error found."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        values = _parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path}: cannot read the run file: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise SettingsError(f"{path}: not a YAML file: {error}") from None
     if not isinstance(values, dict):
         raise SettingsError(
@@ -401,6 +411,16 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSetting
     for key, value in _parse_overrides(overrides):
         _put(values, key, value)
     return validate_settings(values, str(path))
+
+
+def _parse(text: str) -> Any:
+    """Values of a YAML text; ValueError for whatever is none, or is written in a way that nobody means."""
+    try:
+        values = yaml.load(text, _Loader)
+        json.dumps(values, default=str, skipkeys=True)  # refuses what holds itself by an anchor
+        return values
+    except (yaml.YAMLError, RecursionError, OverflowError) as error:
+        raise ValueError(str(error)) from None
 
 
 def study_settings(overrides: Sequence[str]) -> StudySettings:
@@ -491,8 +511,8 @@ def _parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 raise SettingsError(f"--{key} needs a value")
             value = rest.pop(0)
         try:
-            yield key.replace("-", "_"), yaml.load(value, _Loader)
-        except yaml.YAMLError:
+            yield key.replace("-", "_"), _parse(value)
+        except ValueError:
             raise SettingsError(f"--{key}: cannot read {value!r} as a YAML value") from None
 
 

@@ -40,6 +40,7 @@ import grpc
 import ray
 import torch.distributed as dist
 from ray._private import ray_constants, services
+from ray._private import utils as ray_utils
 from ray._private import worker as ray_driver
 from ray._raylet import AuthenticationMode, AuthenticationTokenLoader, Config, get_authentication_mode
 from ray.exceptions import (
@@ -159,7 +160,7 @@ def start_ray(
     """Ray for one run: the cluster that RAY_ADDRESS names (as inside a Ray job), else one of our own on this machine.
 
     `env` is set in every worker. Workers print into `run_folder/logs`. A cluster that does not ask for a token is
-    refused unless `insecure`. On the way out Ray is shut down, the environment and SIGTERM's handler are as before.
+    refused unless `insecure`. On the way out Ray is shut down and the environment as before.
     Requests to stop wait while Ray starts and while it ends: its threads and processes are born deaf to them.
     """
     assert not ray.is_initialized(), "this process is connected to a Ray already"
@@ -173,7 +174,7 @@ def start_ray(
     started = _start_own(num_workers, gpus, worker_env) if own else _join(address, worker_env, insecure)
     with contextlib.ExitStack() as stack:
         try:
-            with held(), _sigterm_kept():
+            with held(), _handlers_kept():
                 stack.enter_context(_environment(PYTHONBREAKPOINT=os.environ.get("PYTHONBREAKPOINT")))
                 host = stack.enter_context(started)
             yield Cluster(own=own, host=host, logs=logs)
@@ -199,8 +200,9 @@ def _start_own(num_workers: int, gpus: bool, worker_env: Mapping[str, str]) -> I
                 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # without it, a warning per process
             )
         )
-        stack.enter_context(_loopback_only())
-        stack.enter_context(_quiet())
+        # what RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 does, for this process: it imported Ray before the variable was set
+        stack.enter_context(_replaced(ray_constants, "ENABLE_RAY_CLUSTER", False))
+        stack.enter_context(_replaced(ray_driver, "print_to_stdstream", _to_log))
         mark = stack.enter_context(keeping(folder))
         stack.callback(_shut_down)
         with _environment(**worker_env, **mark):  # workers inherit it from Ray's processes, which start here
@@ -234,11 +236,11 @@ def _join(address: str, worker_env: Mapping[str, str], insecure: bool) -> Iterat
         )
     try:
         gcs = services.canonicalize_bootstrap_address(address)  # looks up "auto", and a name's number
-        protected = _asks_for_token(gcs)  # before our own token goes there
     except ValueError:
         raise SettingsError(f"RAY_ADDRESS={address} is not an address like host:6379") from None
     except ConnectionError as error:
         raise TryAgain(f"no answer from the Ray cluster at {address} (RAY_ADDRESS): {_last_line(error)}") from None
+    protected = not _lets_in(gcs, {})  # before our own token goes there
     if not protected:
         sentence = f"the Ray cluster at {gcs} asks for no token: whoever reaches it can run any code on it"
         if not insecure:
@@ -248,9 +250,13 @@ def _join(address: str, worker_env: Mapping[str, str], insecure: bool) -> Iterat
         raise SettingsError(
             f"the Ray cluster at {gcs} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=<its file>"
         )
+    if protected and not _lets_in(gcs, _our_token()):  # Ray would try for half a minute
+        raise SettingsError(
+            f"the Ray cluster at {gcs} refused our token: set RAY_AUTH_TOKEN_PATH to the file with its token"
+        )
     logger.info("joining the Ray cluster at %s (RAY_ADDRESS)", gcs)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_quiet())
+        stack.enter_context(_replaced(ray_driver, "print_to_stdstream", _to_log))
         stack.callback(ray.shutdown)
         environment = {"env_vars": dict(worker_env)}
         try:
@@ -262,17 +268,28 @@ def _join(address: str, worker_env: Mapping[str, str], insecure: bool) -> Iterat
         yield ray.util.get_node_ip_address()
 
 
-def _asks_for_token(gcs_address: str) -> bool:
-    """Whether the cluster turns away a caller without token; asked with the most harmless of its questions."""
+def _lets_in(gcs_address: str, token: Mapping[str, str]) -> bool:
+    """Whether the cluster answers a caller with this header; asked with the most harmless of its questions."""
     with grpc.insecure_channel(gcs_address) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
         try:
-            ask(b"", timeout=10)
+            ask(b"", timeout=10, metadata=tuple(token.items()))
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                return True
-            raise ConnectionError(f"{error.code().name}: {error.details()}") from None
-    return False
+                return False
+            raise TryAgain(
+                f"no answer from the Ray cluster at {gcs_address} (RAY_ADDRESS): {error.code().name}: {error.details()}"
+            ) from None
+    return True
+
+
+def _our_token() -> Mapping[str, str]:
+    """The header that Ray's own calls have."""
+    try:
+        return AuthenticationTokenLoader.instance().get_token_for_http_header()
+    except (AuthenticationError, RuntimeError) as error:
+        reason = _last_line(error).split(". ")[0]
+        raise SettingsError(f"the Ray cluster asks for a token, and we have none: {reason}") from None
 
 
 @contextlib.contextmanager
@@ -297,39 +314,29 @@ def _environment(**values: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Ray puts a handler of its own, which would end the driver in the middle of whatever it does."""
-    before = signal.getsignal(signal.SIGTERM)
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Something of Ray's is something else for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        setattr(owner, name, before)
 
 
 @contextlib.contextmanager
-def _loopback_only() -> Iterator[None]:
-    """What RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 does, for this process: it imported Ray before the variable was set."""
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
+def _handlers_kept() -> Iterator[None]:
+    """Ray would put handlers for SIGTERM, in Python and in native code, that end the driver whatever it is doing."""
+    with (
+        _replaced(ray_utils, "set_sigterm_handler", lambda handler: None),
+        _replaced(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True),
+    ):
         yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray's own paragraphs about dead workers go to the debug log: `gather` says the same in a sentence."""
-    before = ray_driver.print_to_stdstream
-
-    def to_log(data: Mapping[str, Any], **_: Any) -> None:
-        logger.debug("ray: %s", " ".join(data["lines"]))
-
-    ray_driver.print_to_stdstream = to_log
-    try:
-        yield
-    finally:
-        ray_driver.print_to_stdstream = before
+def _to_log(data: Mapping[str, Any], **_: Any) -> None:
+    """Where Ray's own paragraphs about dead workers go: `gather` says the same in a sentence."""
+    logger.debug("ray: %s", " ".join(data["lines"]))
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ ELSEWHERE = ("model.*", "data.cache", "data.tokenizer*", "data.sources.*.path", 
 
 def absolute_paths(settings: RunSettings) -> RunSettings:
     """The settings with every path of this machine absolute; names on the hub stay as they are."""
-    values = settings.model_dump(mode="json")
+    values = settings.model_dump()
     data, model = values["data"], values["model"]
     model["path"] = _absolute(model["path"])
     data["tokenizer"] = _absolute(data["tokenizer"])
@@ -64,10 +64,10 @@ def absolute_paths(settings: RunSettings) -> RunSettings:
     return RunSettings.model_validate(values)
 
 
-def _absolute(name: str | None, local: bool = False) -> str | None:
+def _absolute(name: str | Path | None, local: bool = False) -> str | None:
     if name is None:
         return None
-    path = Path(name).expanduser()
+    name, path = str(name), Path(name).expanduser()
     if local or looks_local(name) or path.exists() or glob.has_magic(name):
         return str(path.absolute())
     return name

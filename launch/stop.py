@@ -18,6 +18,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT)
 HEARD = (*REQUESTS, signal.SIGHUP)
+AGAIN_S = 0.05
 SAME_S = 1.0  # a scheduler tells the group, and then each process; a person's second Ctrl-C takes longer
 
 
@@ -37,6 +39,7 @@ class _Listener:
     def __init__(self) -> None:
         self.asked = threading.Event()
         self.finishing = False
+        self.holds, self._pending = 0, False
         self._heard = -SAME_S
 
     def hear(self, number: int, _frame: object) -> None:
@@ -46,14 +49,29 @@ class _Listener:
         again, before = self.asked.is_set(), self._heard
         self._heard = time.monotonic()
         self.asked.set()
-        if again and self._heard - before < SAME_S:
-            return
-        if not self.finishing:
-            raise KeyboardInterrupt
-        if not again:
+        same = again and self._heard - before < SAME_S
+        if self.finishing and not again:
             _say("finishing the step and saving it; press Ctrl-C once more to stop at once")
-        elif number == signal.SIGINT:
+        elif not same and (not self.finishing or number == signal.SIGINT):
+            self._pending = True
+        self.heed()
+
+    def heed(self) -> None:
+        """Raise what is to be raised, unless something must not be torn in two."""
+        if self._pending and not self.holds:
+            self._pending = False
             raise KeyboardInterrupt
+
+
+    def unraisable(self, found: sys.UnraisableHookArgs) -> None:
+        """Python was where no exception gets out, as in the callback of a weak reference: ask again, a moment later."""
+        if self.asked.is_set() and issubclass(found.exc_type, KeyboardInterrupt):
+            self._pending = True
+            again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGTERM))
+            again.daemon = True
+            again.start()
+        else:
+            sys.__unraisablehook__(found)
 
 
 _listener = _Listener()
@@ -72,21 +90,30 @@ def listening() -> Iterator[None]:
         yield
         return
     _listener = _Listener()
-    before = _set({number: _listener.hear for number in HEARD})
+    handlers, hook = _set({number: _listener.hear for number in HEARD}), sys.unraisablehook
+    sys.unraisablehook = _listener.unraisable
     try:
         yield
     finally:
-        _set(before)
+        sys.unraisablehook = hook
+        # after the command of a process nothing is to be stopped any more, and Python's own ending takes a second
+        _set({number: signal.SIG_IGN if handler is _leave else handler for number, handler in handlers.items()})
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """Requests, and what starts here hears none: threads and processes inherit the mask."""
+    listener = _listener
+    listener.holds += 1  # older threads do not have the mask, and Python hears in the main thread what any thread got
+    handlers = {number: signal.getsignal(number) for number in HEARD}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # those that came meanwhile are heard here
+        _set(handlers)  # native code may have put others, or none
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        listener.holds -= 1
+        listener.heed()
 
 
 def finishing() -> threading.Event:
@@ -104,6 +131,8 @@ def was_asked() -> bool:
 
 
 def _set(handlers: dict) -> dict:
+    """Those before. One that is none of Python's is None, and cannot be put back."""
+    handlers = {number: handler for number, handler in handlers.items() if handler is not None}
     return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
 

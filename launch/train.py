@@ -119,9 +119,15 @@ def verify(settings: RunSettings, console: Console, insecure: bool = False) -> C
         _team(with_kernel_times(settings, folder), folder, documents, console, insecure) as team,
         console.status("one step distributed, and one on one device"),
     ):
+        _refuse_bad_start(settings, team)
         _ask(team.trainers, "seek", step, cursor, what="reading its documents")
         result = _ask(team.trainers, "verify", what="verifying")[0]
     shutil.rmtree(folder)  # nothing but logs, of use only after a failure
+    if not np.isfinite(result.reference_loss):
+        raise UserError(
+            f"on one device the loss of step {step} is {result.reference_loss}: the model's own numbers overflow, so "
+            "there is nothing to compare with"
+        )
     return result
 
 
@@ -197,8 +203,8 @@ def _run(
     with _accounted(folder), _team(settings, folder, documents, console, insecure) as team:
         if start:
             _ask(team.trainers, "load", start.path, what="loading the checkpoint")
-        elif not _weights_are_finite(team):
-            raise SettingsError(f"model.path: the weights in {settings.model.path} hold numbers that are not finite")
+        else:
+            _refuse_bad_start(settings, team)
         _ask(team.trainers, "seek", done + 1, cursor, what="reading its documents")
         asked = finishing()  # until here a request ends the command, and nothing of it is left
         write_settings(run_file, folder)
@@ -215,18 +221,10 @@ def _run(
                 servers = _ask(team.servers, "take_report", what=f"reporting step {step}")
                 record = _record(settings, step, time.perf_counter() - clock, seen, trainers, servers)
                 seen = record.fields()
-                if not np.isfinite(record.loss or 0.0) or not np.isfinite(record.grad_norm or 0.0):
-                    raise UserError(
-                        f"step {step} has loss {record.loss} and gradient norm {record.grad_norm}: the run stops "
-                        "here; its newest checkpoint is of step "
-                        f"{saved}. Try a lower train.optimizer.learning_rate or a longer train.schedule.warmup_steps"
-                    )
+                _refuse_bad_numbers(record, saved)
                 if _is_due(settings, step) or asked.is_set():
                     if not _weights_are_finite(team):
-                        raise UserError(
-                            f"step {step} left weights that are not finite: the run stops here without saving them; "
-                            f"its newest checkpoint is of step {saved}. Try a lower train.optimizer.learning_rate"
-                        )
+                        raise UserError(_stopped_because(f"step {step} left weights that are not finite", saved))
                     save_s = _publish(run_file, folder, documents, team, record, trainers[0], monitor)
                     saved, record = step, replace(record, checkpoint_save_s=save_s)
                 reporter.show(record, trainers)
@@ -253,6 +251,27 @@ def _step(team: Team, step: int) -> list[TrainerReport]:
     except WorkerFailed:
         gather([server.made for server in team.servers], SIGN_OF_LIFE_S, what)
         raise
+
+
+def _refuse_bad_start(settings: RunSettings, team: Team) -> None:
+    if not _weights_are_finite(team):
+        raise SettingsError(f"model.path: the weights from {settings.model.path} hold numbers that are not finite")
+
+
+def _refuse_bad_numbers(record: StepRecord, saved: int) -> None:
+    """A step that is not a number has changed no weight, and is the last."""
+    numbers = {"a loss": record.loss, "a gradient norm": record.grad_norm}
+    bad = [f"{name} of {value}" for name, value in numbers.items() if value is not None and not np.isfinite(value)]
+    if bad:
+        raise UserError(_stopped_because(f"step {record.step} has {' and '.join(bad)}", saved))
+
+
+def _stopped_because(what: str, saved: int) -> str:
+    newest = f"its newest checkpoint is of step {saved}" if saved else "it has no checkpoint yet"
+    return (
+        f"{what}: the run stops here and saves nothing of it; {newest}. Try a lower train.optimizer.learning_rate, a "
+        "longer train.schedule.warmup_steps or a smaller train.clip_grad_norm"
+    )
 
 
 def _weights_are_finite(team: Team) -> bool:
@@ -385,8 +404,8 @@ def _describe(settings: RunSettings, team: Team, documents: tuple[Path, ...], co
     serving = (team.trainers if settings.parallel.trainers_serve else []) + team.servers
     facts = {
         "model": f"{told['parameters'] / 1e6:.2f} M parameters, {masks}",
-        "documents": f"{sum(corpus.num_documents):,} with {sum(corpus.num_tokens):,} tokens from "
-        f"{', '.join(corpus.source_names)}",
+        "documents": f"{sum(corpus.num_documents):,} with {sum(corpus.num_tokens):,} tokens, "
+        f"{sum(corpus.num_targets):,} of them to be predicted, from {', '.join(corpus.source_names)}",
         "step": f"{settings.train.tokens_per_step:,} tokens = {settings.parallel.trainers} trainers x "
         f"{settings.tokens_per_rank:,} x {settings.accumulation} micro-batches",
         "attention": f"{', '.join(map(str, serving))}; back end {settings.kernels.backend}, ZeRO stage "

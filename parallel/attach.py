@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -134,6 +134,7 @@ def stock_mask(*, mask_function, **_):
     return mask_function
 
 
+@lru_cache(maxsize=4)  # layers share their masks
 def refuse_other_mask(name: str, rule: MaskRule, mask_function: Callable, longest: int) -> None:
     """Raise where Transformers' mask of a long document is not the rule's: at its first rows, at its last, and around
     the window's edge."""

@@ -101,9 +101,8 @@ class Engine:
         return float(self.deepspeed.get_global_grad_norm() if self._gradient_norm is None else self._gradient_norm)
 
     def weights_are_finite(self) -> bool:
-        """Whether this trainer's share of the weights is."""
-        weights = (getattr(p, "ds_tensor", p) for p in self.deepspeed.module.parameters())
-        return all(bool(torch.isfinite(w).all()) for w in weights)
+        """Whether this trainer's share of them is."""
+        return _are_finite(self.deepspeed.module)
 
     def _clip(self) -> float:
         """What DeepSpeed's optimizers do in the other stages; in stage 0 it has none of its own, clips without a word
@@ -162,6 +161,10 @@ class PlainEngine:
         return gradients
 
 
+    def weights_are_finite(self) -> bool:
+        return _are_finite(self._module)
+
+
 class Fp64Throughout(TorchFunctionMode):
     """Where a model asks for fp32 by name (norms, rotary angles), it gets fp64: its own rounding would hide ours."""
 
@@ -208,6 +211,11 @@ def _deepspeed_config(settings: RunSettings) -> dict:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+
+
+def _are_finite(module: torch.nn.Module) -> bool:
+    weights = (getattr(p, "ds_tensor", p) for p in module.parameters())  # under ZeRO 3, what this trainer holds
+    return all(bool(torch.isfinite(w).all()) for w in weights)
 
 
 def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:

@@ -36,7 +36,7 @@ from distca.config import ModelSettings
 from distca.errors import SettingsError, Unsupported
 from distca.kernels.capability import refusal
 from distca.parallel.attach import CHECKED, NAME, AttentionCall, dry_run
-from distca.parallel.model_keys import key_problems, near_misses, rope_problems, value_problems
+from distca.parallel.model_keys import SOFTCAPS, key_problems, near_misses, rope_problems, value_problems
 from distca.paths import looks_local
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,8 @@ def _unknown_keys(raw: dict[str, Any], family: str, *, written_here: bool, where
         } | tolerated  # to all models, so nobody's misspelling
         return key_problems({key: v for key, v in judged.items() if key not in common}, sorted(known - common))
     elsewhere = set().union(*(_fields_of(name) for name in FAMILIES))
-    problems = near_misses(judged, sorted(known), elsewhere)
+    ours = [key for key in SOFTCAPS if raw.get(key) is not None and key not in known]  # our head reads it by name
+    problems = near_misses(judged, sorted(known), elsewhere) + key_problems(dict.fromkeys(ours), sorted(known))
     off = (False, None)  # a feature of some other day that is switched off
     if not problems and (rest := [key for key, value in judged.items() if key not in known and value not in off]):
         logger.warning("%s: %s has keys that a %s model does not read: %s", where, CONFIG_FILE, family, ", ".join(rest))

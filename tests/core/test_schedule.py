@@ -45,15 +45,5 @@ def test_it_rises_to_the_peak_and_never_rises_again(run):
     assert warmup >= steps or found[warmup] == 1
 
 
-@given(runs, st.integers(1, 60), st.sampled_from(NAMES))
-def test_a_run_that_is_extended_goes_on_with_the_rates_of_the_longer_run(run, more, name):
-    """There is no state: what was used before does not matter."""
-    _, warmup, steps = run
-    assert rates(name, warmup, steps + more)[steps:] == [
-        learning_rate(ScheduleSettings(name=name, warmup_steps=warmup), 1.0, step, steps + more)
-        for step in range(steps + 1, steps + more + 1)
-    ]
-
-
 def test_a_peak_of_zero_is_zero_throughout():
     assert rates("cosine", 2, 5, peak=0.0) == [0.0] * 5

@@ -131,8 +131,10 @@ def only_run(folder: Path, name: str) -> Path:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Exact, by step; a step that was done twice counts as it was the last time."""
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    """Exact, by step; each stands once, also those that a kill undid, and what is counted goes on."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for number, record in enumerate(records, 1):
+        assert record["step"] == number and record["tokens_seen"] == 2048 * number
     return {record["step"]: record["loss"] for record in records}
 
 

@@ -109,6 +109,10 @@ def is_loopback(address: str) -> bool:
     return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
 
 
+def loopback_only():
+    return cluster._replaced(cluster.ray_constants, "ENABLE_RAY_CLUSTER", False)
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
@@ -174,7 +178,7 @@ def test_the_folder_of_a_dead_driver_is_removed_and_that_of_a_living_one_stays(t
 def test_a_cluster_that_does_not_answer_is_said_so_soon(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
     with (
-        cluster._loopback_only(),
+        loopback_only(),
         pytest.raises(TryAgain, match="no answer from the Ray cluster at 127.0.0.1:.*UNAVAIL"),
     ):
         with start_ray(tmp_path, num_workers=1):
@@ -187,7 +191,7 @@ def test_a_cluster_that_asks_for_no_token_is_refused_before_it_is_told_anything(
     server = grpc.server(ThreadPoolExecutor(1), handlers=[open_to_all])
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
     server.start()
-    with cluster._loopback_only(), pytest.raises(SettingsError, match="asks for no token.*--insecure"):
+    with loopback_only(), pytest.raises(SettingsError, match="asks for no token.*--insecure"):
         with start_ray(tmp_path, num_workers=1):
             pass
     server.stop(0)
@@ -230,6 +234,11 @@ def test_a_cluster_is_joined_with_its_token_and_not_without(head, tmp_path):
     with cluster._environment(RAY_AUTH_MODE="disabled"), pytest.raises(SettingsError, match="asks for a token"):
         with start_ray(tmp_path, num_workers=2):
             pass
+    (tmp_path / "wrong").write_text("f" * 64)
+    for path, reason in {"wrong": "refused our token", "nowhere": "asks for a token, and we have none"}.items():
+        with cluster._environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(tmp_path / path)):
+            with pytest.raises(SettingsError, match=reason), start_ray(tmp_path, num_workers=2):
+                pass
     with cluster._environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(head)):
         with start_ray(tmp_path, num_workers=2, threads=2) as joined:
             placement = place(joined, 2, timeout_s=20, threads=2)
@@ -381,7 +390,7 @@ def test_nothing_listens_beyond_loopback_and_nothing_answers_without_a_token(run
     open_ports = listeners(marked(running[2]))
     assert len(open_ports) > 3
     assert [address for address, _ in open_ports if not is_loopback(address)] == []
-    assert cluster._asks_for_token(ray.get_runtime_context().gcs_address)
+    assert not cluster._lets_in(ray.get_runtime_context().gcs_address, {})
     for _, port in open_ports:
         job = b'{"entrypoint": "id"}'
         request = urllib.request.Request(f"http://127.0.0.1:{port}/api/job_agent/jobs/", data=job, method="POST")

@@ -3,10 +3,13 @@
 Either the command refuses with a sentence, its documented exit code and nothing left behind, or all that the file says
 is in the settings that the run goes by: nothing ends in a traceback, and nothing is passed over."""
 
+import copy
 import random
 import shutil
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 import yaml
 from documents import write_json_lines
@@ -79,14 +82,14 @@ def spoil(draw: random.Random) -> bytes:
         here, name = at(values, path[:-1]), path[-1]
         how = draw.choice(["value", "value", "drop", "misspell", "add", "move"])
         if how == "value":
-            here[name] = draw.choice(VALUES)
+            here[name] = copy.deepcopy(draw.choice(VALUES))
         elif how == "drop":
             del here[name]
         elif how == "misspell" and isinstance(here, dict):
             letter = draw.randrange(len(name))
             here[name[:letter] + draw.choice(["", "x", "_"]) + name[letter + 1 :]] = here.pop(name)
         elif how == "add" and isinstance(here, dict):
-            here[draw.choice(["steps", "path", "extra", "weight", "config", "0", "ü"])] = draw.choice(VALUES)
+            here[draw.choice(["steps", "path", "extra", "weight", "config", "0", "ü"])] = copy.deepcopy(draw.choice(VALUES))
         elif isinstance(here, dict):
             values[name] = here.pop(name)
     text = bytearray(yaml.safe_dump(values, allow_unicode=True, sort_keys=False).encode())
@@ -123,7 +126,8 @@ def is_kept(value, kept) -> bool:
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # as the variable, read at the import
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     return tmp_path
 
 
