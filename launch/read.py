@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from distca.config import SourceSettings
 from distca.errors import DataError, first_line
 from distca.launch.documents import EMPTY, Document, Opaque, Problem, columns_to_read, document_of
-from distca.paths import looks_local
+from distca.paths import expanded, looks_local
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +96,14 @@ class Found:
 
     @property
     def place(self) -> str:
-        parts = [f"file {self.file}"] if self.file else []
+        parts = [f"file {shown(self.file)}"] if self.file else []
         parts += [f"row {self.row} (counted from 0)"] if self.row is not None else []
         return ", ".join(parts)
+
+
+def shown(path: Path) -> str:
+    """A path as it can be printed: names need not be text."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 # ---- which files ----
@@ -109,7 +114,7 @@ def find_files(name: str, source: SourceSettings) -> list[DataFile] | None:
     if source.path == "python-stdlib":
         _refuse_settings(name, source, "the standard library", ("subset", "revision", "column", "ignore_columns"))
         return _library_files(name)
-    path = Path(source.path).expanduser()
+    path = expanded(source.path)
     if source.format == "hub":
         return None
     if path.is_dir():
@@ -514,7 +519,7 @@ class _Text:
 
 def _read_parquet(file: DataFile, source: SourceSettings) -> Iterator[Found]:
     try:
-        table = pq.ParquetFile(pa.OSFile(str(file.path)), page_checksum_verification=True)
+        table = pq.ParquetFile(pa.OSFile(os.fsencode(file.path)), page_checksum_verification=True)
         names, meta = table.schema_arrow.names, table.metadata
         sizes = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
     except Exception as error:  # pyarrow raises all kinds; each means that the file cannot be read
@@ -622,7 +627,7 @@ def _read_arrow(file: DataFile, source: SourceSettings) -> Iterator[Found]:
 
 def _arrow_batches(path: Path, source: SourceSettings) -> tuple[Iterator[pa.RecordBatch | Problem], list[str]]:
     """Record batches of the columns that matter, and the names of all columns. Arrow has a file and a stream format."""
-    mapped = pa.memory_map(str(path))
+    mapped = pa.memory_map(os.fsencode(path))
     is_file = mapped.read(6) == b"ARROW1"
     mapped.seek(0)
     open_any = pa.ipc.open_file if is_file else pa.ipc.open_stream

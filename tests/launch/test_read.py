@@ -475,3 +475,18 @@ def test_settings_without_a_meaning_to_the_files_are_refused(tmp_path, setting):
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     assert "not an ordinary file" in refusal(data_settings(tmp_path / "cache", tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet", "arrow"])
+def test_names_of_files_need_not_be_text(tmp_path, ending):
+    folder = tmp_path / "data" / os.fsdecode(b"\xff\xe9")
+    folder.mkdir(parents=True)
+    write_good_file(tmp_path / f"a.{ending}")
+    (tmp_path / f"a.{ending}").rename(folder / os.fsdecode(b"\xff." + ending.encode()))
+    assert stored(data_settings(tmp_path / "cache", tmp_path / "data")) == as_bytes("x")
+    next(folder.iterdir()).write_bytes(b"\xff")
+    assert r"\xff\xe9" in refusal(data_settings(tmp_path / "other", tmp_path / "data"))
+
+
+def test_a_home_that_nobody_has_is_not_found(tmp_path):
+    assert "no such file or folder" in refusal(data_settings(tmp_path / "cache", "~nobody-at-all/data"))
