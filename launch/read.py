@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from distca.config import SourceSettings
 from distca.errors import DataError, first_line
 from distca.launch.documents import EMPTY, Document, Opaque, Problem, columns_to_read, document_of
-from distca.paths import looks_local
+from distca.paths import expanded, looks_local
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +96,14 @@ class Found:
 
     @property
     def place(self) -> str:
-        parts = [f"file {self.file}"] if self.file else []
+        parts = [f"file {shown(self.file)}"] if self.file else []
         parts += [f"row {self.row} (counted from 0)"] if self.row is not None else []
         return ", ".join(parts)
+
+
+def shown(path: Path) -> str:
+    """A path as it can be printed: names need not be text."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 # ---- which files ----
@@ -109,7 +114,7 @@ def find_files(name: str, source: SourceSettings) -> list[DataFile] | None:
     if source.path == "python-stdlib":
         _refuse_settings(name, source, "the standard library", ("subset", "revision", "column", "ignore_columns"))
         return _library_files(name)
-    path = Path(source.path).expanduser()
+    path = expanded(source.path)
     if source.format == "hub":
         return None
     if path.is_dir():
@@ -298,16 +303,21 @@ def _not_utf8(head: bytes) -> Problem | None:
             return Problem("unreadable", f"cannot be read: it {sentence}")
     if re.match(rb"BZh[1-9]1AY&SY", head):
         return Problem("unreadable", "cannot be read: it is compressed with bzip2: let its name end in .bz2")
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)) or _every_other_is_zero(head):
-        wide = head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or b"\0\0\0" in head[:5]
-        code = "UTF-32" if wide else "UTF-16"
+    if width := _width(head):
+        code = f"UTF-{8 * width}"
         return Problem("unreadable", f"cannot be read: it is {code}; convert it (`iconv -f {code} -t UTF-8`)")
     return None
 
 
-def _every_other_is_zero(head: bytes) -> bool:
-    even, odd = head[::2], head[1::2]
-    return len(head) >= 4 and (not any(even) and any(odd) or not any(odd) and any(even))
+def _width(head: bytes) -> int | None:
+    """Bytes per character of a text that is not UTF-8: by its byte-order mark, or since all but one of them are 0."""
+    marked = {4: (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), 2: (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
+    for width, marks in marked.items():
+        columns = [head[at::width] for at in range(width)]
+        one_is_text = sum(map(all, columns)) == 1 and sum(map(any, columns)) == 1
+        if head.startswith(marks) or one_is_text and len(head) >= 4:
+            return width
+    return None
 
 
 def unreadable(error: BaseException) -> Problem:
@@ -509,7 +519,7 @@ class _Text:
 
 def _read_parquet(file: DataFile, source: SourceSettings) -> Iterator[Found]:
     try:
-        table = pq.ParquetFile(pa.OSFile(str(file.path)), page_checksum_verification=True)
+        table = pq.ParquetFile(pa.OSFile(os.fsencode(file.path)), page_checksum_verification=True)
         names, meta = table.schema_arrow.names, table.metadata
         sizes = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
     except Exception as error:  # pyarrow raises all kinds; each means that the file cannot be read
@@ -617,7 +627,7 @@ def _read_arrow(file: DataFile, source: SourceSettings) -> Iterator[Found]:
 
 def _arrow_batches(path: Path, source: SourceSettings) -> tuple[Iterator[pa.RecordBatch | Problem], list[str]]:
     """Record batches of the columns that matter, and the names of all columns. Arrow has a file and a stream format."""
-    mapped = pa.memory_map(str(path))
+    mapped = pa.memory_map(os.fsencode(path))
     is_file = mapped.read(6) == b"ARROW1"
     mapped.seek(0)
     open_any = pa.ipc.open_file if is_file else pa.ipc.open_stream
