@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -215,7 +216,7 @@ class Export:
 
         _refuse_overrides("export", overrides)
         step = export(self.folder, self.out)
-        console.print(f"step {step} exported to {self.out}", highlight=False)
+        console.print(f"step {step} exported to {escape(str(self.out))}", highlight=False)
         return EXIT_OK
 
 
@@ -250,7 +251,7 @@ class Measure:
             times = measure_kernels(self.backend, self.device, *shape, command, status.update)
         write_hardware(self.out, times)
         console.print(table_of(times))
-        console.print(f"written to {self.out}", highlight=False)
+        console.print(f"written to {escape(str(self.out))}", highlight=False)
         return EXIT_OK
 
 
@@ -365,8 +366,7 @@ def _refuse_overrides(command: str, overrides: list[str]) -> None:
 
 
 def _say_where(folder: Path, console: Console) -> None:
-    console.print(f"\n[bold green]done[/]  the run is in {folder}", highlight=False)
-    console.print(
-        f"      curves:  {sys.executable} -m tensorboard.main --logdir {folder} --host 127.0.0.1", highlight=False
-    )
-    console.print(f"      model:   distca export {folder} OUT", highlight=False)
+    curves = shlex.join([sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", "127.0.0.1"])
+    console.print(f"\n[bold green]done[/]  the run is in {escape(str(folder))}", highlight=False)
+    console.print(f"      curves:  {escape(curves)}", highlight=False)
+    console.print(f"      model:   distca export {escape(shlex.quote(str(folder)))} OUT", highlight=False)

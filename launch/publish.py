@@ -143,19 +143,21 @@ def steps_published(folder: str | Path) -> list[int]:
     return [_step_of(path) for path in _published(Path(folder)) if _is_complete(path)]
 
 
-def prune(folder: str | Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints, and return what was removed.
+def prune(folder: str | Path, keep: int, last: int) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints up to step `last`, the one just published; returns what was removed.
 
+    Those of later steps go: the run went back behind them, so they are broken, or of a course that was not taken.
     Those that lack bytes do not count and the newest complete one always stays. Bytes are not read again for this.
     """
     assert keep >= 1, f"keep {keep} checkpoints"
     folder = Path(folder)
     _sweep(folder)
-    complete = [path for path in _published(folder) if _is_complete(path)]
+    paths = _published(folder)
+    complete = [path for path in paths if _step_of(path) <= last and _is_complete(path)]
     if not complete:
         return []
     oldest = complete[:keep][-1]
-    removed = [path for path in _published(folder) if _step_of(path) < _step_of(oldest)]
+    removed = [path for path in paths if not _step_of(oldest) <= _step_of(path) <= last]
     for path in removed:
         _remove(path)
     return removed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from transformers import PretrainedConfig
 
 from distca.config import RunSettings, dump_settings, load_settings
@@ -77,7 +79,7 @@ def train(settings: RunSettings, console: Console, insecure: bool = False) -> Pa
     documents = _prepare(settings, config, console)
     first_step_with_targets(settings, documents)  # refused before anything is started
     with _new_folder(settings) as folder:
-        console.print(f"[bold]run[/] {folder}")
+        console.print(f"[bold]run[/] {escape(str(folder))}", highlight=False)
         keep_model(folder, settings, config, documents)
         settings = with_kernel_times(settings, folder)
         _run(settings, settings, folder, documents, None, console, insecure)
@@ -99,9 +101,9 @@ def resume(folder: Path, overrides: list[str], console: Console, insecure: bool 
     settings = with_kernel_times(settings, folder)
     working = with_own_model(settings, folder, checkpoint)
     documents = _prepare(settings, _check(working), console, checkpoint)
-    console.print(f"[bold]resuming[/] {folder} after step {checkpoint.step}")
+    console.print(f"[bold]resuming[/] {escape(str(folder))} after step {checkpoint.step}", highlight=False)
     for change in changes:
-        console.print(f"[bold]changed[/]  {change}, from step {checkpoint.step + 1} on", highlight=False)
+        console.print(f"[bold]changed[/]  {escape(change)}, from step {checkpoint.step + 1} on", highlight=False)
     _run(settings, working, folder, documents, checkpoint, console, insecure)
     return folder
 
@@ -230,7 +232,7 @@ def _run(
                 reporter.show(record, trainers)
                 if asked.is_set() and saved == step < steps:
                     raise TryAgain(
-                        f"stopped as asked after step {step}, with a checkpoint; go on with: distca resume {folder}"
+                        f"stopped as asked after step {step}, with a checkpoint; go on with: {_go_on(folder)}"
                     )
         finally:
             monitor.close()
@@ -302,7 +304,7 @@ def _publish(
     )
     with publishing(folder / CHECKPOINTS, step, facts) as draft:
         _ask(team.trainers, "save", draft, what=f"saving step {step}")
-    prune(folder / CHECKPOINTS, settings.checkpoint.keep)
+    prune(folder / CHECKPOINTS, settings.checkpoint.keep, step)
     monitor.event(step, f"checkpoint of step {step} published")
     return time.perf_counter() - start
 
@@ -412,7 +414,7 @@ def _describe(settings: RunSettings, team: Team, documents: tuple[Path, ...], co
         f"{settings.parallel.zero_stage}, {settings.train.precision}",
     }
     for name, text in facts.items():
-        console.print(f"[bold]{name:10}[/] {text}", highlight=False)
+        console.print(f"[bold]{name:10}[/] {escape(text)}", highlight=False)
     return facts
 
 
@@ -474,9 +476,14 @@ def _accounted(folder: Path) -> Iterator[None]:
     except Exception as error:
         told, steps = in_words(error, folder / "logs" / "driver.txt"), steps_published(folder / CHECKPOINTS)
         if steps:
-            go_on = f"the newest checkpoint is of step {steps[0]}; go on with: distca resume {folder}"
+            go_on = f"the newest checkpoint is of step {steps[0]}; go on with: {_go_on(folder)}"
             raise type(told)(f"{told}; {go_on}") from error
         raise told from error
+
+
+def _go_on(folder: Path) -> str:
+    """The command that does, as a shell takes it."""
+    return f"distca resume {shlex.quote(str(folder))}"
 
 
 def _make_folder(settings: RunSettings, prefix: str) -> Path:

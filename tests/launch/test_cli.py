@@ -4,6 +4,7 @@ All but the last are refused before Ray starts, so they run here in this process
 
 import io
 import json
+import shlex
 import shutil
 import socket
 
@@ -313,6 +314,18 @@ def test_export_refuses_an_existing_folder_and_settings(folder, capsys):
     assert text == "distca export takes no settings, found --train.steps"
     assert "cannot read the run file" in said(capsys, EXIT_SETTINGS, "export", "none", "other")
     assert not (folder / "other").exists() and not list((folder / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", ["a [b] c", "[/bold]", "[bold]", "zwölf [läufe]", "a'b"])
+def test_folders_are_shown_as_they_are_called_and_commands_as_a_shell_takes_them(folder, capsys, monkeypatch, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    run = finished_run(folder).rename(folder / name)
+    monkeypatch.setattr(train, "_run", lambda *_: None)
+    assert cli.run(["resume", str(run), "--train.steps", "9"]) == EXIT_OK
+    out = capsys.readouterr().out
+    assert f"resuming {run} after step 4\n" in out and f"the run is in {run}\n" in out
+    (command,) = [line.split("model:")[1] for line in out.splitlines() if "distca export" in line]
+    assert shlex.split(command) == ["distca", "export", str(run), "OUT"]
 
 
 # ---- help ----

@@ -120,11 +120,24 @@ def test_the_newest_stay_and_damaged_ones_do_not_count(tmp_path):
     for step in range(1, 6):
         put(tmp_path, step)
     (tmp_path / "step-000005" / "data.json").unlink()
-    assert [path.name for path in prune(tmp_path, 2)] == ["step-000002", "step-000001"]
+    assert [path.name for path in prune(tmp_path, 2, 5)] == ["step-000002", "step-000001"]
     assert names(tmp_path) == {"latest", "step-000003", "step-000004", "step-000005"}
     truncate(tmp_path / "step-000004" / "data.json")
-    assert prune(tmp_path, 1) == []  # step 3 is the newest complete one
+    assert prune(tmp_path, 1, 5) == []  # step 3 is the newest complete one
     assert newest(tmp_path).step == 3
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_a_run_went_back_behind_is_not_kept_in_place_of_what_it_made_since(tmp_path, keep):
+    for step in (2, 4, 6):
+        put(tmp_path, step)
+    file = tmp_path / "step-000006" / "data.json"
+    file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))  # as many bytes as before
+    assert newest(tmp_path).step == 4
+    put(tmp_path, 5)
+    prune(tmp_path, keep, 5)
+    assert names(tmp_path) == {"latest", "step-000005", "step-000004"} - ({"step-000004"} if keep == 1 else set())
+    assert newest(tmp_path, strict=True).step == 5
 
 
 def test_a_future_format_is_not_guessed_at(tmp_path, monkeypatch):
@@ -197,7 +210,7 @@ while True:
     with publishing(folder, step, {"step": step}) as draft:
         for rank in range(3):
             (draft / f"rank-{rank}.bin").write_bytes(step.to_bytes(4, "big") * 50_000)
-    prune(folder, 2)
+    prune(folder, 2, step)
     print(step, flush=True)
 """
 
