@@ -272,7 +272,14 @@ def read_source(name: str, source: SourceSettings, files: list[DataFile] | None)
         except OSError as error:
             yield Found(file.path, None, unreadable(error))
             continue
-        yield from reader(file, source)
+        row = None
+        try:
+            for found in reader(file, source):
+                row = found.row
+                yield found
+        except (pa.ArrowException, OSError, ValueError, IndexError, KeyError, NotImplementedError) as error:
+            # pyarrow also fails where nobody expects it, as in the names of columns
+            yield Found(file.path, None if row is None else row + 1, unreadable(error))
 
 
 def _read_text(file: DataFile, source: SourceSettings) -> Iterator[Found]:
@@ -315,7 +322,7 @@ def _width(head: bytes) -> int | None:
     for width, marks in marked.items():
         columns = [head[at::width] for at in range(width)]
         one_is_text = sum(map(all, columns)) == 1 and sum(map(any, columns)) == 1
-        if head.startswith(marks) or one_is_text and len(head) >= 4:
+        if head.startswith(marks) or one_is_text and len(head) >= 8:
             return width
     return None
 
@@ -382,11 +389,12 @@ def _read_json(file: DataFile, source: SourceSettings) -> Iterator[Found]:
 def _line_rows(stream: io.BufferedIOBase, source: SourceSettings) -> Iterator[Document | Problem | None]:
     """A row per line; None for an empty one."""
     while line := stream.readline():
-        if line.isspace() or line == codecs.BOM_UTF8:
+        line = line.removeprefix(codecs.BOM_UTF8)  # in front of the first, and of others where files were joined
+        if not line or line.isspace():
             yield None
             continue
         try:
-            text = line.decode("utf-8").removeprefix("\ufeff")
+            text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             content: Document | Problem = unreadable(error)
         else:
@@ -531,7 +539,9 @@ def _read_parquet(file: DataFile, source: SourceSettings) -> Iterator[Found]:
     columns, first = columns_to_read(names, source), 0
     for groups, batch_rows in _runs_of_groups(meta, sizes, columns):
         num_rows, row = sum(sizes[group] for group in groups), first
-        batches = table.iter_batches(batch_rows, row_groups=groups, columns=columns, use_threads=False)
+        batches = _group_batches(table, batch_rows, groups, columns)
+        if len(groups) > 1:
+            batches = _complete(batches, num_rows)
         while row < first + num_rows:
             batch = _next(batches)
             if not isinstance(batch, pa.RecordBatch):
@@ -541,6 +551,22 @@ def _read_parquet(file: DataFile, source: SourceSettings) -> Iterator[Found]:
                 yield Found(file.path, row, content)
                 row += 1
         first += num_rows
+
+
+def _group_batches(
+    table: pq.ParquetFile, batch_rows: int, groups: Sequence[int], columns: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    """Nothing is looked at, and can fail, before the first batch is asked for."""
+    yield from table.iter_batches(batch_rows, row_groups=groups, columns=columns, use_threads=False)
+
+
+def _complete(batches: Iterator[pa.RecordBatch], num_rows: int) -> Iterator[pa.RecordBatch]:
+    """The rows of several groups, or none if some are missing: which ones, only each group alone can tell."""
+    try:
+        found = list(batches)
+    except Exception:  # as above; what it was is said when the groups are read alone
+        found = []
+    return iter(found if sum(batch.num_rows for batch in found) == num_rows else [])
 
 
 def _next(batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | Problem:
@@ -565,7 +591,7 @@ def _damaged_groups(
     """Row by row, from row `done` on, what can be read of row groups that begin at row `first`; each group until its
     damage."""
     for group in groups:
-        batches = table.iter_batches(1, row_groups=[group], columns=columns_to_read(names, source), use_threads=False)
+        batches = _group_batches(table, 1, [group], columns_to_read(names, source))
         for row in range(first, first + sizes[group]):
             batch = _next(batches)
             if isinstance(batch, Problem):
@@ -583,11 +609,12 @@ def _runs_of_groups(
     """Row groups to read together, without those that have no rows, and how many rows at a time keep memory small."""
     run: list[int] = []
     run_rows = run_bytes = 0
+    paths = [meta.schema.column(number).path for number in range(meta.num_columns)]
+    read = [number for number, path in enumerate(paths) if path.startswith(tuple(columns))]
     for group, num_rows in enumerate(sizes):
         if num_rows <= 0:
             continue
-        chunks = [meta.row_group(group).column(i) for i in range(meta.num_columns)]
-        chunks = [chunk for chunk in chunks if chunk.path_in_schema.startswith(tuple(columns))]
+        chunks = [meta.row_group(group).column(number) for number in read]
         num_bytes = sum(max(8 * chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks)
         if run and run_bytes + num_bytes > BATCH_BYTES:
             yield run, _batch_rows(run_rows, run_bytes)

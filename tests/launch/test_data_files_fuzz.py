@@ -100,13 +100,16 @@ def parsed(path: Path) -> list[Any] | None:
         text = content.decode("utf-8-sig")
         if text.strip(" \t\r\n").startswith("["):
             return json.loads(text, object_pairs_hook=no_twice)
-        lines = [line for line in text.split("\n") if line.strip(" \t\r\f\v")]
+        lines = [line.removeprefix("\ufeff") for line in text.split("\n")]  # joined files have marks within
+        lines = [line for line in lines if line.strip(" \t\r\f\v")]
         return [json.loads(line, object_pairs_hook=no_twice) for line in lines]
     # what is damaged in a column that nobody reads does no harm
     if path.suffix == ".parquet":
         names = pq.read_schema(path).names
         known = [name for name in names if plain(name) in KNOWN]
         table = pq.read_table(path, columns=known, page_checksum_verification=True)
+        if table.num_rows != pq.read_metadata(path).num_rows:  # pyarrow says nothing of it
+            raise ValueError("rows are missing")
     else:
         names = pa.ipc.open_stream(pa.OSFile(str(path))).schema.names
         included = [number for number, name in enumerate(names) if plain(name) in KNOWN]

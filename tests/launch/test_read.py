@@ -432,6 +432,20 @@ def test_a_damaged_page_loses_its_row_group_and_no_more(tmp_path, caplog):
     assert stored(skipping) == as_bytes(texts[:100] + texts[200:])
 
 
+def test_a_row_group_that_has_fewer_rows_than_it_says_is_damaged(tmp_path, monkeypatch):
+    """pyarrow then gives the other groups' rows and says nothing."""
+    pq.write_table(pa.table({"text": list("abcde")}), tmp_path / "a.parquet", row_group_size=1)
+    whole = pq.ParquetFile.iter_batches
+
+    def without_c(table, batch_size, row_groups, **options):
+        return whole(table, batch_size, [group for group in row_groups if group != 2], **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", without_c)
+    assert "row 2 (counted from 0)" in refusal(data_settings(tmp_path / "cache", tmp_path / "a.parquet"))
+    skipping = data_settings(tmp_path / "cache", tmp_path / "a.parquet", on_bad_document="skip")
+    assert stored(skipping) == as_bytes("abde")
+
+
 def test_shards_without_rows_are_said_and_a_source_of_them_is_refused(tmp_path, caplog):
     folder = tmp_path / "data"
     empty = pa.table({"text": pa.array([], pa.string())})
