@@ -29,7 +29,7 @@ from distca.launch.read import DataFile
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2  # of the stored files and of everything that decides their content
+FORMAT_VERSION = 3  # of the stored files and of everything that decides their content
 DIGESTS = "digests.json"
 SETTLED_S = 2.0  # a file changed less long ago may change again without another time stamp
 MAX_DIGESTS = 200_000
