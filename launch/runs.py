@@ -73,7 +73,9 @@ def _absolute(name: str | Path | None, local: bool = False) -> str | None:
     if name is None:
         return None
     name, place = str(name), os.path.expanduser(name)
-    if local or looks_local(name) or os.path.exists(place) or glob.has_magic(name):
+    if glob.has_magic(name) and not local and not os.path.exists(place):
+        return os.path.join(glob.escape(str(Path.cwd())), place)  # only what was written is a pattern
+    if local or looks_local(name) or os.path.exists(place):
         return str(Path.cwd() / place)
     return name
 

@@ -65,6 +65,15 @@ def test_every_local_path_becomes_absolute_and_hub_names_stay(tmp_path, monkeypa
     assert absolute_paths(found) == found
 
 
+def test_only_what_was_written_is_a_pattern(tmp_path, monkeypatch):
+    folder = tmp_path / "runs [a]"
+    write_json_lines(folder / "rows-1.jsonl", [{"input_ids": [1, 2, 3]}])
+    monkeypatch.chdir(folder)
+    settings = absolute_paths(make_settings(tmp_path, [50], data=dict(sources=[dict(path="rows-[0-9].jsonl")])))
+    monkeypatch.chdir(tmp_path)
+    assert prepare(settings.data, 96)
+
+
 # ---- kernel times ----
 
 
