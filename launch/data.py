@@ -51,7 +51,6 @@ class Corpus:
     def __init__(self, folders: Sequence[Path]):
         metas = [read_meta(Path(folder)) for folder in folders]
         mapped = list(zip(map(Path, folders), metas, strict=True))
-        self.source_names: tuple[str, ...] = tuple(meta["source"] for meta in metas)
         self.num_documents: tuple[int, ...] = tuple(meta["documents"] for meta in metas)
         self.num_tokens: tuple[int, ...] = tuple(meta["tokens"] for meta in metas)
         self.num_targets: tuple[int, ...] = tuple(meta["targets"] for meta in metas)
@@ -155,8 +154,9 @@ def first_step_with_targets(settings: RunSettings, folders: Sequence[Path]) -> t
         pieces, following = stream.step(cursor, settings.accumulation)
         if any(map(stream.num_targets, pieces)):
             return step, cursor
+    names = ", ".join(source.path for source in settings.data.sources)
     raise DataError(
-        f"{', '.join(stream.corpus.source_names)}: there is nothing to predict in any of the run's "
+        f"{names}: there is nothing to predict in any of the run's "
         f"{settings.train.steps} steps. A token is predicted from those before it in its document, unless its label is "
         f"{NO_TARGET}: give longer documents, or labels that leave some"
     )

@@ -30,7 +30,7 @@ from distca.paths import expanded
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2  # of the stored files and of everything that decides their content
+FORMAT_VERSION = 3  # of the stored files and of everything that decides their content
 DIGESTS = "digests.json"
 SETTLED_S = 2.0  # a file changed less long ago may change again without another time stamp
 MAX_DIGESTS = 200_000

@@ -8,6 +8,7 @@ one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -293,6 +294,7 @@ class _Store:
     def __init__(self, folder: Path, dtype: str):
         self._folder = folder
         self._dtype = dtype
+        self._digests = {name: hashlib.blake2b(digest_size=16) for name in (TOKENS, LENGTHS, LABELS)}
         self._files = {name: self._open(name) for name in (TOKENS, STARTS, LENGTHS, TARGETS)}
         self.num_documents = 0
         self.num_tokens = 0
@@ -313,7 +315,7 @@ class _Store:
         if LABELS in self._files:
             self._write(LABELS, [ids if labels is None else labels for ids, labels in documents], "int32")
         self._files[STARTS].write((self.num_tokens + np.cumsum(lengths) - lengths).data)
-        self._files[LENGTHS].write(lengths.data)
+        self._put(LENGTHS, lengths)
         self._files[TARGETS].write(targets.data)
         self.num_documents += len(documents)
         self.num_tokens += int(lengths.sum())
@@ -322,11 +324,15 @@ class _Store:
     def _write(self, name: str, arrays: list[np.ndarray], dtype: str) -> None:
         """Short ones together, long ones piece by piece, so that none is copied as a whole."""
         if sum(map(len, arrays)) <= WRITE_TOKENS:
-            self._files[name].write(np.concatenate(arrays).astype(dtype, copy=False).data)
+            self._put(name, np.concatenate(arrays).astype(dtype, copy=False))
             return
         for array in arrays:
             for at in range(0, len(array), WRITE_TOKENS):
-                self._files[name].write(array[at : at + WRITE_TOKENS].astype(dtype, copy=False).data)
+                self._put(name, array[at : at + WRITE_TOKENS].astype(dtype, copy=False))
+
+    def _put(self, name: str, numbers: np.ndarray) -> None:
+        self._files[name].write(numbers.data)
+        self._digests[name].update(numbers.data)
 
     def _begin_labels(self) -> None:
         """Give the documents so far their tokens for labels."""
@@ -345,7 +351,9 @@ class _Store:
     def finish(self, meta: dict) -> None:
         """Bring everything to the disk, the description last."""
         counts = {"documents": self.num_documents, "tokens": self.num_tokens, "targets": self.num_targets}
+        content = hashlib.blake2b(b"".join(digest.digest() for digest in self._digests.values()), digest_size=16)
         stored = {"dtype": self._dtype, "labels": LABELS in self._files, "version": FORMAT_VERSION}
+        stored["content"] = content.hexdigest()  # of ids, lengths and labels: all that training sees
         self._files[META] = self._open(META)
         self._files[META].write(json.dumps({**meta, **counts, **stored}, indent=2).encode())
         for file in self._files.values():

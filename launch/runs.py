@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,17 +27,19 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from distca.config import FORMULAS, ModelSettings, RunSettings, dump_settings
-from distca.errors import DataError, SettingsError
+from distca.errors import DataError, SettingsError, first_line
 from distca.hardware import read_hardware, write_hardware
 from distca.launch.data import read_meta
-from distca.launch.encode import load_tokenizer
+from distca.launch.encode import load_tokenizer, tokenizer_name
 from distca.launch.identity import find_prepared
 from distca.launch.publish import Published
 from distca.parallel.models import mapping_of, read_config
 from distca.paths import looks_local
 
+logger = logging.getLogger(__name__)
+
 RUN_FILE, CHECKPOINTS, KERNEL_TIMES, MODEL = "run.yaml", "checkpoints", "kernel_times.yaml", "model"
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 PROVENANCE = ("_name_or_path", "transformers_version", "architectures*", "dtype", "torch_dtype")  # changes no model
 MOST_NAMED = 5  # files in one sentence
 
@@ -69,7 +73,9 @@ def _absolute(name: str | Path | None, local: bool = False) -> str | None:
     if name is None:
         return None
     name, place = str(name), os.path.expanduser(name)
-    if local or looks_local(name) or os.path.exists(place) or glob.has_magic(name):
+    if glob.has_magic(name) and not local and not os.path.exists(place):
+        return os.path.join(glob.escape(str(Path.cwd())), place)  # only what was written is a pattern
+    if local or looks_local(name) or os.path.exists(place):
         return str(Path.cwd() / place)
     return name
 
@@ -135,9 +141,8 @@ def _is_one_of(name: str, patterns: Sequence[str]) -> bool:
 
 
 def known_documents(documents: Sequence[Path]) -> list[dict[str, Any]]:
-    """What a checkpoint notes of its documents: who they are, and the files that they came from."""
-    metas = map(read_meta, documents)
-    return [{"identity": meta["identity"], "files": meta["files"], "source": meta["source"]} for meta in metas]
+    """What a checkpoint notes of its documents: what they hold, where they are prepared, the files they came from."""
+    return [{name: meta[name] for name in ("content", "identity", "files")} for meta in map(read_meta, documents)]
 
 
 def kept_documents(settings: RunSettings, checkpoint: Published) -> tuple[Path, ...] | None:
@@ -147,15 +152,16 @@ def kept_documents(settings: RunSettings, checkpoint: Published) -> tuple[Path, 
     return tuple(found) if len(noted) == len(settings.data.sources) and all(found) else None
 
 
-def refuse_other_documents(documents: Sequence[Path], checkpoint: Published) -> None:
+def refuse_other_documents(settings: RunSettings, documents: Sequence[Path], checkpoint: Published) -> None:
     """Raise `DataError` where a checkpoint's place in its documents has no meaning, naming what is another."""
     before, now = checkpoint.facts["documents"], known_documents(documents)
-    if [d["identity"] for d in before] == [d["identity"] for d in now]:
+    if [d["content"] for d in before] == [d["content"] for d in now]:
         return
     wrong = [f"{len(now)} sources, not {len(before)}"] if len(now) != len(before) else []
     for number, (old, new) in enumerate(zip(before, now, strict=False)):
-        if old["identity"] != new["identity"]:
-            wrong.append(f"data.sources[{number}] ({new['source']}): {_other_files(old['files'], new['files'])}")
+        if old["content"] != new["content"]:
+            path = settings.data.sources[number].path
+            wrong.append(f"data.sources[{number}] ({path}): {_other_files(old['files'], new['files'])}")
     raise DataError(
         f"{checkpoint.path}: the documents have changed since, and its place in them has no meaning now: "
         f"{'; '.join(wrong)}. Restore them, or start a new run"
@@ -164,13 +170,24 @@ def refuse_other_documents(documents: Sequence[Path], checkpoint: Published) -> 
 
 def _other_files(before: Sequence[tuple[str, str]], now: Sequence[tuple[str, str]]) -> str:
     """In which files two states of a source differ, by content."""
-    old, new = {digest: name for name, digest in before}, {digest: name for name, digest in now}
-    gone, come = [old[d] for d in old if d not in new], [new[d] for d in new if d not in old]
+    old, new = Counter(digest for _, digest in before), Counter(digest for _, digest in now)
+    gone = [name for name, digest in before if old[digest] > new[digest]]
+    come = [name for name, digest in now if new[digest] > old[digest]]
     words = [f"{name} has changed" for name in come if name in gone]
     words += [f"{name} is new" for name in come if name not in gone] + [f"{n} is gone" for n in gone if n not in come]
     if not words:
         words = ["its files come in another order, or are read in another way (tokenizer, columns, end tokens)"]
     return ", ".join(words[:MOST_NAMED]) + (f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else "")
+
+
+def with_own_tokenizer(settings: RunSettings, folder: Path) -> RunSettings:
+    """The settings with the run's own copy of its tokenizer, where the one that they name is not there any more."""
+    name = tokenizer_name(settings.data, settings.model.path)
+    own = folder / MODEL
+    if name == "bytes" or not looks_local(name) or os.path.exists(name) or not (own / TOKENIZER).exists():
+        return settings
+    data = settings.data.model_copy(update={"tokenizer": str(own), "tokenizer_revision": None})
+    return settings.model_copy(update={"data": data})
 
 
 # ---- the model that a run is of ----
@@ -203,7 +220,8 @@ def tokenizer_of_run(settings: RunSettings, is_text: bool) -> PreTrainedTokenize
         return None
     try:
         return load_tokenizer(settings.data.model_copy(update={"tokenizer": None}), model.path, model.revision)
-    except SettingsError:  # the model's folder has none
+    except SettingsError as error:
+        logger.warning("%s: the run and its exports have no tokenizer: %s", model.path, first_line(error))
         return None
 
 

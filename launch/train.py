@@ -51,6 +51,7 @@ from distca.launch.runs import (
     refuse_other_documents,
     with_kernel_times,
     with_own_model,
+    with_own_tokenizer,
     write_settings,
 )
 from distca.launch.server import DedicatedServer, Meeting, backend_of, pool_of
@@ -99,7 +100,7 @@ def resume(folder: Path, overrides: list[str], console: Console, insecure: bool 
         )
     settings = with_kernel_times(settings, folder)
     working = with_own_model(settings, folder, checkpoint)
-    documents = _prepare(settings, _check(working), console, checkpoint)
+    documents = _prepare(with_own_tokenizer(settings, folder), _check(working), console, checkpoint)
     console.print(f"[bold]resuming[/] {escape(str(folder))} after step {checkpoint.step}", highlight=False)
     for change in changes:
         console.print(f"[bold]changed[/]  {escape(change)}, from step {checkpoint.step + 1} on", highlight=False)
@@ -400,13 +401,13 @@ class _Reporter:
 def _describe(settings: RunSettings, team: Team, documents: tuple[Path, ...], console: Console) -> dict[str, str]:
     """Say what is about to run."""
     told = _ask(team.trainers[:1], "describe", what="describing the model")[0]
-    corpus = Corpus(documents)
+    corpus, names = Corpus(documents), [source.path for source in settings.data.sources]
     masks = ", ".join(f"{n} layers {rule}" for rule, n in told["layers"].items())
     serving = (team.trainers if settings.parallel.trainers_serve else []) + team.servers
     facts = {
         "model": f"{told['parameters'] / 1e6:.2f} M parameters, {masks}",
         "documents": f"{sum(corpus.num_documents):,} with {sum(corpus.num_tokens):,} tokens, "
-        f"{sum(corpus.num_targets):,} of them to be predicted, from {', '.join(corpus.source_names)}",
+        f"{sum(corpus.num_targets):,} of them to be predicted, from {', '.join(names)}",
         "step": f"{settings.train.tokens_per_step:,} tokens = {settings.parallel.trainers} trainers x "
         f"{settings.tokens_per_rank:,} x {settings.accumulation} micro-batches",
         "attention": f"{', '.join(map(str, serving))}; back end {settings.kernels.backend}, ZeRO stage "
@@ -445,7 +446,7 @@ def _prepare(
             logger.warning("%s; going on with the documents as they were prepared before", error)
             return kept
     if checkpoint:
-        refuse_other_documents(documents, checkpoint)
+        refuse_other_documents(settings, documents, checkpoint)
     longest = max(int(lengths.max()) for lengths in Corpus(documents).lengths)
     limit = min(settings.data.max_document_tokens or longest, settings.tokens_per_micro_batch)
     if sentence := position_warning(config, min(longest, limit)):

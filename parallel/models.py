@@ -102,6 +102,10 @@ def read_config(path: str | None, config: dict | None, revision: str | None = No
     if "sliding_attention" in (getattr(found, "layer_types", None) or ()) and found.sliding_window is None:
         switch = " and use_sliding_window: true" if hasattr(found, "use_sliding_window") else ""
         raise SettingsError(f"{where}: layer_types has sliding_attention: give sliding_window{switch}")
+    rope = getattr(found, "rope_parameters", None) or {}
+    for one in (rope, *(inner for inner in rope.values() if isinstance(inner, dict))):
+        if one.get("type") not in (None, one.get("rope_type")):  # the class has left it aside
+            raise SettingsError(f"{where}: {family} reads no `type` of RoPE here: write rope_type: {one['type']}")
     _refuse_special_ids(found, raw, where)
     if config is None:
         _refuse_generation_ids(found, path)

@@ -31,7 +31,7 @@ def sources(tmp_path_factory):
 
 
 def stream_of(corpus: Corpus, tokens: int, longest: int | None) -> DocumentStream:
-    settings = data_settings(Path("unused"), *corpus.source_names, max_document_tokens=longest)
+    settings = data_settings(Path("unused"), *map(str, range(len(corpus.num_documents))), max_document_tokens=longest)
     return DocumentStream(corpus, settings, 0, tokens)
 
 

@@ -1,10 +1,13 @@
 """What a run keeps, so that it is complete by itself, and which settings may change when it goes on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 import transformers
+from documents import write_json_lines
 from hardware_tables import write_hardware
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +31,7 @@ from distca.launch.runs import (
     refuse_other_documents,
     with_kernel_times,
     with_own_model,
+    with_own_tokenizer,
 )
 from distca.parallel.models import read_config
 
@@ -59,6 +63,15 @@ def test_every_local_path_becomes_absolute_and_hub_names_stay(tmp_path, monkeypa
     assert found.data.tokenizer == "owner/tokenizer" and found.data.cache == tmp_path / "cache"
     assert found.planner.cost == str(table) and found.monitor.folder == tmp_path / "all/runs"
     assert absolute_paths(found) == found
+
+
+def test_only_what_was_written_is_a_pattern(tmp_path, monkeypatch):
+    folder = tmp_path / "runs [a]"
+    write_json_lines(folder / "rows-1.jsonl", [{"input_ids": [1, 2, 3]}])
+    monkeypatch.chdir(folder)
+    settings = absolute_paths(make_settings(tmp_path, [50], data=dict(sources=[dict(path="rows-[0-9].jsonl")])))
+    monkeypatch.chdir(tmp_path)
+    assert prepare(settings.data, 96)
 
 
 # ---- kernel times ----
@@ -165,12 +178,58 @@ def prepared(folder: Path, lengths) -> tuple:
 def test_equal_documents_are_the_same_wherever_they_lie_and_others_are_named_by_file(tmp_path):
     settings, documents = prepared(tmp_path / "a", [50, 7])
     checkpoint = checkpoint_of(settings, documents=known_documents(documents))
-    refuse_other_documents(prepared(tmp_path / "b", [50, 7])[1], checkpoint)
-    _, others = prepared(tmp_path / "c", [50, 8])
-    with pytest.raises(DataError, match=r"the documents have changed.*data.sources\[0\].*documents.jsonl has changed"):
-        refuse_other_documents(others, checkpoint)
+    refuse_other_documents(*prepared(tmp_path / "b", [50, 7]), checkpoint)
+    changed, others = prepared(tmp_path / "c", [50, 8])
+    with pytest.raises(DataError, match=r"have changed.*data.sources\[0\] \(.*c/documents.jsonl\): .* has changed"):
+        refuse_other_documents(changed, others, checkpoint)
     with pytest.raises(DataError, match="2 sources, not 1"):
-        refuse_other_documents((*documents, *others), checkpoint)
+        refuse_other_documents(changed, (*documents, *others), checkpoint)
+
+
+def test_a_file_that_is_there_twice_is_missed_where_one_of_them_goes(tmp_path):
+    def documents_of(*names):
+        folder = tmp_path / "-".join(names)
+        for name in names:
+            write_json_lines(folder / f"{name}.jsonl", [{"input_ids": [1, 2, 3]}])
+        settings = make_settings(tmp_path, [50], data=dict(sources=[dict(path=str(folder))]))
+        return settings, prepare(settings.data, 96)
+
+    settings, both = documents_of("a", "b")
+    checkpoint = checkpoint_of(settings, documents=known_documents(both))
+    with pytest.raises(DataError, match="b.jsonl is gone"):
+        refuse_other_documents(*documents_of("a"), checkpoint)
+
+
+def test_ids_are_the_same_without_the_tokenizer_that_nobody_asked(tmp_path):
+    settings, documents = prepared(tmp_path / "a", [50, 7])
+    checkpoint = checkpoint_of(settings, documents=known_documents(documents))
+    anew = prepare(settings.data, 96, str(tmp_path / "a model that is gone"))
+    assert anew != documents
+    refuse_other_documents(settings, anew, checkpoint)
+
+
+def test_texts_are_read_with_the_runs_own_tokenizer_once_the_models_is_gone(tmp_path):
+    model, source = tmp_path / "model", write_json_lines(tmp_path / "texts.jsonl", [{"text": "a b a"}, {"text": "b"}])
+    transformers.AutoConfig.for_model(**TINY_LLAMA).save_pretrained(model)
+    vocabulary = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(
+        model
+    )
+    values = make_settings(tmp_path, [50]).model_dump(mode="json")
+    values["model"] = dict(path=str(model))
+    values["data"]["sources"] = [dict(path=str(source))]
+    settings = validate_settings(values)
+    documents = prepare(settings.data, 96, settings.model.path)
+    run, checkpoint = tmp_path / "run", checkpoint_of(settings, documents=known_documents(documents))
+    run.mkdir()
+    keep_model(run, settings, read_config(settings.model.path, None), documents)
+    assert with_own_tokenizer(settings, run) is settings
+    shutil.rmtree(model)
+    shutil.rmtree(settings.data.cache)
+    own = with_own_tokenizer(settings, run)
+    refuse_other_documents(own, prepare(own.data, 96, own.model.path), checkpoint)
 
 
 def test_documents_whose_files_are_gone_are_found_as_they_were_prepared(tmp_path):

@@ -290,6 +290,7 @@ VALUES = {
     "rope others' key": ("llama", dict(rope_parameters=YARN | dict(low_freq_factor=1.0)), "llama3 does"),
     "rope freq": ("llama", dict(rope_parameters=LLAMA3 | dict(high_freq_factor=1.0)), "greater than low_freq_factor"),
     "rope kinds": ("llama", dict(rope_parameters=YARN | dict(type="linear")), "'yarn' and type 'linear' differ"),
+    "rope old kind": ("gemma3_text", dict(rope_scaling=dict(type="linear", factor=4.0)), "write rope_type: linear"),
     "rope twice": ("llama", dict(rope_parameters=YARN, rope_scaling=LLAMA3), "both given and differ"),
     "theta": ("llama", dict(rope_theta=0), "rope_theta = 0: want a positive number"),
     "theta twice": ("llama", dict(rope_theta=5e5, rope_parameters=dict(rope_theta=1e4)), "differ: give one"),
