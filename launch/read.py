@@ -531,6 +531,8 @@ def _read_parquet(file: DataFile, source: SourceSettings) -> Iterator[Found]:
         table = pq.ParquetFile(pa.OSFile(os.fsencode(file.path)), page_checksum_verification=True)
         names, meta = table.schema_arrow.names, table.metadata
         sizes = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+        if sum(sizes) != meta.num_rows:
+            raise ValueError(f"it says it has {meta.num_rows} rows, and its row groups say {sum(sizes)}")
     except Exception as error:  # pyarrow raises all kinds; each means that the file cannot be read
         yield Found(file.path, None, unreadable(error))
         return
