@@ -369,6 +369,8 @@ def _are_ids(value: Any) -> bool:
 def _ids(value: Any) -> np.ndarray | None:
     """A list of integers as an array; None for anything else. True is not 1."""
     if isinstance(value, np.ndarray):
+        if value.dtype == np.uint64 and value.size and value.max() > np.iinfo(np.int64).max:
+            return None  # as int64 it would be another number, and may be NO_TARGET
         return value if value.dtype.kind in "iu" and value.ndim == 1 else None
     if not isinstance(value, list) or set(map(type, value)) - {int}:
         return None

@@ -38,7 +38,8 @@ from distca.paths import expanded, looks_local
 
 logger = logging.getLogger(__name__)
 
-BATCH_ROWS = 1024  # of a table, at most
+BATCH_ROWS = 64  # of a table, at most
+EXPANSION = 4  # bytes in memory for one in a parquet file, about: ids and masks are packed there
 BATCH_BYTES = 1 << 25  # of a table, about, when it is in memory
 CHUNK = 1 << 20  # bytes of a JSON array, read at once
 LONG = 1 << 24  # characters of JSON from which on equal numbers are kept once: slower, and a third of the memory
@@ -530,6 +531,8 @@ def _read_parquet(file: DataFile, source: SourceSettings) -> Iterator[Found]:
         table = pq.ParquetFile(pa.OSFile(os.fsencode(file.path)), page_checksum_verification=True)
         names, meta = table.schema_arrow.names, table.metadata
         sizes = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+        if sum(sizes) != meta.num_rows:
+            raise ValueError(f"it says it has {meta.num_rows} rows, and its row groups say {sum(sizes)}")
     except Exception as error:  # pyarrow raises all kinds; each means that the file cannot be read
         yield Found(file.path, None, unreadable(error))
         return
@@ -537,7 +540,7 @@ def _read_parquet(file: DataFile, source: SourceSettings) -> Iterator[Found]:
         yield Found(file.path, None, problem)
         return
     columns, first = columns_to_read(names, source), 0
-    for groups, batch_rows in _runs_of_groups(meta, sizes, columns):
+    for groups, batch_rows in _runs_of_groups(meta, sizes):
         num_rows, row = sum(sizes[group] for group in groups), first
         batches = _group_batches(table, batch_rows, groups, columns)
         if len(groups) > 1:
@@ -603,19 +606,16 @@ def _damaged_groups(
         first += sizes[group]
 
 
-def _runs_of_groups(
-    meta: pq.FileMetaData, sizes: Sequence[int], columns: Sequence[str]
-) -> Iterator[tuple[list[int], int]]:
-    """Row groups to read together, without those that have no rows, and how many rows at a time keep memory small."""
+def _runs_of_groups(meta: pq.FileMetaData, sizes: Sequence[int]) -> Iterator[tuple[list[int], int]]:
+    """Row groups to read together, without those that have no rows, and how many rows at a time keep memory small.
+
+    Only a group's own size is looked at: asking a damaged file for those of its columns can end the process."""
     run: list[int] = []
     run_rows = run_bytes = 0
-    paths = [meta.schema.column(number).path for number in range(meta.num_columns)]
-    read = [number for number, path in enumerate(paths) if path.startswith(tuple(columns))]
     for group, num_rows in enumerate(sizes):
         if num_rows <= 0:
             continue
-        chunks = [meta.row_group(group).column(number) for number in read]
-        num_bytes = sum(max(8 * chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks)
+        num_bytes = EXPANSION * max(meta.row_group(group).total_byte_size, 0)
         if run and run_bytes + num_bytes > BATCH_BYTES:
             yield run, _batch_rows(run_rows, run_bytes)
             run, run_rows, run_bytes = [], 0, 0
@@ -625,9 +625,7 @@ def _runs_of_groups(
 
 
 def _batch_rows(num_rows: int, num_bytes: int) -> int:
-    if num_bytes <= BATCH_BYTES:
-        return BATCH_ROWS
-    return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // num_bytes // 4))
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(num_bytes, 1)))
 
 
 def _read_arrow(file: DataFile, source: SourceSettings) -> Iterator[Found]:

@@ -7,6 +7,7 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -154,6 +155,7 @@ NOT_DOCUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": "[5,6,7]"}, "holds the text '[5,6,7]', not token ids"),
     ({"input_ids": [1, True, 2]}, "list of integer token ids"),
     ({"input_ids": [1, 2.0]}, "list of integer token ids"),
+    ({"input_ids": [1], "labels": np.array([2**64 - 100], np.uint64)}, "column `labels` holds array([184467"),
     ({"input_ids": [1, None]}, "list of integer token ids"),
     ({"input_ids": ["1"]}, "list of integer token ids"),
     ({"input_ids": {"0": 1}}, "list of integer token ids"),
