@@ -25,11 +25,14 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from distca.errors import SettingsError, Unsupported
 from distca.kernels.attention import attend
 from distca.kernels.capability import refusal
 from distca.masks import Bands, MaskRule, bands_of
+
+disable_progress_bar()  # per worker, and into logs
 
 # Shape suffixes: T packed rows, H query heads, G key/value heads, D head size, V vocabulary.
 
