@@ -18,8 +18,12 @@ def export(folder: Path, out: Path) -> int:
     """Write the run's newest checkpoint to `out`, all or nothing; returns its step."""
     if out.exists():
         raise SettingsError(f"{out} exists already: name a folder that does not")
-    if not out.absolute().parent.is_dir():
-        raise SettingsError(f"{out}: there is no folder {out.absolute().parent}")
+    draft = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        draft.mkdir(parents=True)
+        draft.rmdir()
+    except OSError as error:
+        raise SettingsError(f"cannot write to {out}: {error.strerror}; name a place that you may write to") from None
     settings = load_settings(folder / RUN_FILE)
     checkpoint = newest(folder / CHECKPOINTS)
     config = read_config(None, read_own_config(folder))
@@ -31,7 +35,6 @@ def export(folder: Path, out: Path) -> int:
     assert not unexpected and set(missing) <= tied, f"the checkpoint lacks {missing} and has {unexpected} too many"
     model.tie_weights()
 
-    draft = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         with without_advice():
             model.save_pretrained(draft)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -37,6 +38,9 @@ from distca.errors import Unsupported
 # loads torch's whole compiler: 3.5 of the 4 seconds that making an engine takes. Nobody calls them here.
 with mock.patch.object(compiler, "compile", lambda: lambda function: function):
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+# DeepSpeed calls what PyTorch has given new names; no user can change that.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 

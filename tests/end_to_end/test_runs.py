@@ -4,6 +4,8 @@ One uninterrupted run is the truth; runs of the same settings are interrupted, a
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +31,7 @@ from distca.order import Cursor
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
-DISTCA = str(Path(sys.executable).with_name("distca"))
+DISTCA = [sys.executable, "-m", "distca.launch.entry"]  # as the script `distca` does
 MARK = "DISTCA_TEST_RUN"  # in the environment of a command and of all that it starts
 STEPS, EVERY, KEEP = 16, 3, 2
 START_S, END_S = 200, 15
@@ -73,14 +75,21 @@ class Ended:
 class Command:
     """A `distca` command in a process group of its own."""
 
-    def __init__(self, folder: Path, *arguments):
+    def __init__(self, folder: Path, *arguments, pipe: bool = False):
         self.mark = uuid.uuid4().hex
         self._out, self._err = folder / f"{self.mark}.out", folder / f"{self.mark}.err"
         with open(self._out, "w") as out, open(self._err, "w") as err:
             environment = os.environ | {MARK: self.mark}
             self.process = subprocess.Popen(
-                [DISTCA, *map(str, arguments)], stdout=out, stderr=err, env=environment, start_new_session=True
+                [*DISTCA, *map(str, arguments)],
+                stdout=subprocess.PIPE if pipe else out,
+                stderr=err,
+                env=environment,
+                start_new_session=True,
             )
+
+    def said(self) -> str:
+        return self._out.read_text()
 
     def end(self) -> Ended:
         code = self.process.wait(timeout=START_S)
@@ -96,6 +105,13 @@ class Command:
             except psutil.Error:
                 continue
         return found
+
+    def signal_all(self, number: int) -> None:
+        for process in self.processes():
+            try:
+                process.send_signal(number)
+            except psutil.Error:
+                continue
 
     def worker(self, name: str) -> psutil.Process:
         """The process that prints into the log of this name."""
@@ -233,8 +249,9 @@ def test_tensorboard_has_every_documented_tag_and_the_pictures(whole):
 
 @pytest.fixture(scope="module")
 def stopped(folder):
-    """Stopped by SIGTERM, exported as it stood, resumed: (its folder, the checkpoint then, what resume said)."""
-    run, _, ended = interrupted(folder, "stopped", lambda command: command.process.send_signal(signal.SIGTERM))
+    """Stopped by SIGTERM to all of its processes at once, as Slurm sends it, exported as it stood, resumed: (its
+    folder, the checkpoint then, what resume said)."""
+    run, _, ended = interrupted(folder, "stopped", lambda command: command.signal_all(signal.SIGTERM))
     sentence, last = assert_one_sentence(ended, 75), max(losses(run))
     assert f"distca resume {run}" in sentence and f"step {last}" in sentence
     checkpoint = newest(run / "checkpoints", strict=True)
@@ -274,6 +291,58 @@ def test_ctrl_c_in_a_terminal_stops_in_the_same_way(folder, whole):
     assert_one_sentence(ended, 75)
     assert newest(run / "checkpoints", strict=True).step == max(losses(run))
     assert losses(run).items() < losses(whole[0]).items(), "the same settings, the same bits"
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_a_run_that_is_asked_before_its_first_step_leaves_nothing(folder, moment):
+    """Importing, preparing, starting Ray, starting workers: at random, of all that comes before `run.yaml`."""
+    draw, name = random.Random(moment), f"early-{moment}"
+    command = Command(folder, "train", write_run_file(folder, name))
+    try:
+        began = [lambda: "model:" in command.said(), lambda: list((folder / "runs").glob(f"{name}-*"))][moment % 2]
+        if moment:
+            wait_until(lambda: began() or command.process.poll() is not None, START_S, lambda: "it did not begin")
+        time.sleep(draw.uniform(0.3, 4))
+        command.signal_all(draw.choice([signal.SIGTERM, signal.SIGINT]))
+        sentence = assert_one_sentence(command.end(), 75)
+        command.assert_nothing_survives()
+    finally:
+        for process in command.processes():
+            process.kill()
+    assert "stopped before" in sentence, sentence
+    assert not list((folder / "runs").glob(f"{name}-*"))
+
+
+def test_a_run_goes_on_without_its_terminal_and_its_reader(folder, whole):
+    """`distca train run.yaml | head -3`, and the terminal is closed."""
+    command = Command(folder, "train", write_run_file(folder, "alone"), pipe=True)
+    try:
+        for _ in range(3):
+            assert command.process.stdout.readline()
+        command.process.stdout.close()
+        wait_until(lambda: list((folder / "runs").glob("alone-*/metrics.jsonl")), START_S, lambda: "no run began")
+        command.signal_all(signal.SIGHUP)
+        ended = command.end()
+        command.assert_nothing_survives()
+    finally:
+        for process in command.processes():
+            process.kill()
+    assert (ended.code, ended.err) == (0, "")
+    assert losses(only_run(folder, "alone")) == losses(whole[0])
+
+
+def test_a_full_disk_ends_a_run_with_the_checkpoint_it_has(folder, stopped):
+    """Where events are written there is no room; what was saved before is named."""
+    copy = folder / "runs" / "full"
+    shutil.copytree(stopped[0], copy)
+    (copy / "events.txt").unlink()
+    (copy / "events.txt").symlink_to("/dev/full")
+    last = newest(copy / "checkpoints").step
+    ended = distca(folder, "resume", copy, "--train.steps", str(last + 9))
+    sentence = assert_one_sentence(ended, 75)
+    assert f"cannot write {copy}/events.txt: the disk is full" in sentence or "cannot write" in sentence
+    step = newest(copy / "checkpoints", strict=True).step
+    assert step > last and f"the newest checkpoint is of step {step}; go on with: distca resume {copy}" in sentence
 
 
 def test_after_sigkill_of_the_driver_and_a_broken_checkpoint_the_one_before_gives_the_same_bits(folder, whole):

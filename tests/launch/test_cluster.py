@@ -241,11 +241,11 @@ def test_a_cluster_is_joined_with_its_token_and_not_without(head, tmp_path):
                 pass
     with cluster._environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(head)):
         with start_ray(tmp_path, num_workers=2, threads=2) as joined:
-            placement = place(joined, 2, timeout_s=20, threads=2)
+            placement = place(joined, 2, timeout_s=100, threads=2)
             assert not joined.own and placement.num_cpus == 0.5  # a fair share of the one there is
             worker = spawn(Echo, placement=placement, bundle=0, role="trainer")
             gather([worker.made], 60, "starting")
-            assert gather([worker.call("environment", "OMP_NUM_THREADS")], 10, "looking") == [["2"]]
+            assert gather([worker.call("environment", "OMP_NUM_THREADS")], 60, "looking") == [["2"]]
     assert not ray.is_initialized()
 
 
@@ -258,7 +258,7 @@ def running(tmp_path_factory):
     os.environ[MARK] = mark
     environment, handler = environment_now(), signal.getsignal(signal.SIGTERM)
     with start_ray(tmp_path_factory.mktemp("run"), num_workers=4, threads=3) as own:
-        yield own, (placement := place(own, 4, timeout_s=10)), mark
+        yield own, (placement := place(own, 4, timeout_s=60)), mark
         stuck = spawn(Echo, placement=placement, bundle=3, role="server")
         gather([stuck.made], 60, "starting")
         stuck.call("hold_interpreter")
@@ -288,13 +288,13 @@ def one(running):
 @pytest.mark.slow
 def test_answers_come_in_the_order_of_the_calls(workers):
     calls = [workers[1].call("number_of"), workers[0].call("number_of"), workers[1].call("number_of")]
-    assert gather(calls, 10, "counting") == [1, 0, 1]
+    assert gather(calls, 60, "counting") == [1, 0, 1]
 
 
 @pytest.mark.alone
 @pytest.mark.slow
 def test_workers_have_their_environment_and_no_gpu(workers):
-    [values] = gather([workers[0].call("environment", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")], 10, "looking")
+    [values] = gather([workers[0].call("environment", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")], 60, "looking")
     assert values == ["3", ""]
     assert "OMP_NUM_THREADS" not in os.environ
 
@@ -302,7 +302,7 @@ def test_workers_have_their_environment_and_no_gpu(workers):
 @pytest.mark.alone
 @pytest.mark.slow
 def test_what_a_worker_prints_is_in_its_log(workers):
-    gather([workers[0].call("say", "three words here")], 10, "talking")
+    gather([workers[0].call("say", "three words here")], 60, "talking")
     assert "three words here" in workers[0].log.read_text()
 
 
@@ -310,7 +310,7 @@ def test_what_a_worker_prints_is_in_its_log(workers):
 @pytest.mark.slow
 def test_a_user_error_comes_out_as_it_was(workers):
     with pytest.raises(DataError, match="^row 3 is empty$"):
-        gather([workers[0].call("fail", DataError("row 3 is empty"))], 10, "reading data")
+        gather([workers[0].call("fail", DataError("row 3 is empty"))], 60, "reading data")
 
 
 @pytest.mark.alone
@@ -328,7 +328,7 @@ def test_another_exception_names_the_worker_and_its_traceback_is_in_the_log(work
     with pytest.raises(
         WorkerFailed, match=r"^trainer 1 failed while running step 12: KeyError: 'loss' \(traceback: "
     ) as e:
-        gather([workers[1].call("fail", KeyError("loss"))], 10, "running step 12")
+        gather([workers[1].call("fail", KeyError("loss"))], 60, "running step 12")
     assert e.value.workers == (workers[1],)
     assert "while running step 12" in workers[1].log.read_text() and "in fail" in workers[1].log.read_text()
 
@@ -345,7 +345,7 @@ def test_a_dead_worker_is_lost_with_its_cause(one, workers, how, cause, capfd):
     start = time.monotonic()
     with pytest.raises(WorkerLost, match=f"^lost server 5 while running step 1: .*{cause}"):
         gather(calls, 60, "running step 1")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 40
     assert "worker died" not in capfd.readouterr().out  # Ray's own paragraph
 
 
@@ -354,8 +354,8 @@ def test_a_dead_worker_is_lost_with_its_cause(one, workers, how, cause, capfd):
 def test_a_silent_worker_is_named_after_the_time_out(workers, monkeypatch, caplog):
     monkeypatch.setattr(cluster, "SAY_EVERY_S", 0.2)
     caplog.set_level("INFO")
-    with pytest.raises(WorkerSilent, match=r"^trainer 1 gave no answer within 0.5 s while running step 2"):
-        gather([workers[0].call("number_of"), workers[1].call("sleep", 2)], 0.5, "running step 2")
+    with pytest.raises(WorkerSilent, match=r"^trainer 1 gave no answer within 3 s while running step 2"):
+        gather([workers[0].call("number_of"), workers[1].call("sleep", 9)], 3, "running step 2")
     assert "waiting for trainer 1" in caplog.text
 
 
@@ -381,7 +381,7 @@ def test_taken_places_are_waited_for_aloud(running, monkeypatch, caplog):
 def test_workers_meet_in_the_drivers_store(workers):
     store, port = rendezvous_store("127.0.0.1")
     store.set("greeting", "hello")
-    assert gather([workers[0].call("store_value", port)], 10, "meeting") == [b"hello"]
+    assert gather([workers[0].call("store_value", port)], 60, "meeting") == [b"hello"]
 
 
 @pytest.mark.alone
@@ -474,6 +474,6 @@ def test_however_a_driver_ends_nothing_of_it_stays(drivers, ending):
     time.sleep(0.5)
     where = os.killpg if ending == "SIGINT" else os.kill  # Ctrl-C reaches the whole group
     where(driver.pid, getattr(signal, ending))
-    driver.communicate(timeout=15)
+    driver.communicate(timeout=100)
     ended(mark, 15)
     assert driver.returncode != 0

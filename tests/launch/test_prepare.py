@@ -151,7 +151,7 @@ def test_a_killed_preparation_leaves_nothing_that_would_be_used(tmp_path):
     support = Path(sys.modules["documents"].__file__).parent
     environment = {**os.environ, "PYTHONPATH": str(support)}
     command = [sys.executable, "-c", KILLED, str(tmp_path / "cache"), str(path)]
-    assert subprocess.run(command, env=environment, timeout=60).returncode == -signal.SIGKILL
+    assert subprocess.run(command, env=environment, timeout=240).returncode == -signal.SIGKILL
     (leftover,) = (tmp_path / "cache").glob(f"{UNFINISHED}*")
     assert leftover.name.startswith(UNFINISHED) and (leftover / "tokens.bin").stat().st_size > 0
 

@@ -18,7 +18,7 @@ from distca.launch.server import DedicatedServer, Meeting
 from distca.launch.trainer import Trainer
 
 PRELOAD = ["distca.launch.trainer", "torch._dynamo", "transformers.models.llama.modeling_llama"]
-ANSWER_S = 60
+ANSWER_S = 200
 
 TINY_LLAMA = dict(
     model_type="llama",
