@@ -16,7 +16,7 @@ from distca.parallel.models import build_model, read_config, without_advice
 
 def export(folder: Path, out: Path) -> int:
     """Write the run's newest checkpoint to `out`, all or nothing; returns its step."""
-    if out.exists():
+    if os.path.lexists(out):
         raise SettingsError(f"{out} exists already: name a folder that does not")
     if not out.absolute().parent.is_dir():
         raise SettingsError(f"{out}: there is no folder {out.absolute().parent}")

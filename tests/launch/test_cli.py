@@ -310,6 +310,8 @@ def test_export_refuses_an_existing_folder_and_settings(folder, capsys):
     run = finished_run(folder)
     (folder / "out").mkdir()
     assert "out exists already: name a folder that does not" in said(capsys, EXIT_SETTINGS, "export", run, "out")
+    (folder / "link").symlink_to("nowhere")
+    assert "link exists already" in said(capsys, EXIT_SETTINGS, "export", run, "link")
     text = said(capsys, EXIT_SETTINGS, "export", run, "other", "--train.steps", "3")
     assert text == "distca export takes no settings, found --train.steps"
     assert "cannot read the run file" in said(capsys, EXIT_SETTINGS, "export", "none", "other")
