@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-from distca.config import load_settings
 from distca.errors import SettingsError
 from distca.launch.publish import newest
 from distca.launch.runs import CHECKPOINTS, CONFIG, MODEL, RUN_FILE, read_own_config
@@ -20,10 +19,12 @@ def export(folder: Path, out: Path) -> int:
         raise SettingsError(f"{out} exists already: name a folder that does not")
     if not out.absolute().parent.is_dir():
         raise SettingsError(f"{out}: there is no folder {out.absolute().parent}")
-    settings = load_settings(folder / RUN_FILE)
+    if not (folder / RUN_FILE).is_file():
+        raise SettingsError(f"{folder} is no run's folder: there is no {RUN_FILE} in it")
     checkpoint = newest(folder / CHECKPOINTS)
+    began = checkpoint.facts["settings"]  # the run's file may say by now how it is to go on
     config = read_config(None, read_own_config(folder))
-    model = build_model(config, None, None, DTYPES[settings.train.precision], settings.seed, attention="sdpa")
+    model = build_model(config, None, None, DTYPES[began["train"]["precision"]], began["seed"], attention="sdpa")
     weights = {name.removeprefix("model."): value for name, value in full_weights(checkpoint.path).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     every, once = (dict(model.named_parameters(remove_duplicate=remove)) for remove in (False, True))
