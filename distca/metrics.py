@@ -47,7 +47,7 @@ METRICS = (
     Metric("cad/server_busy_s", "s", "busy time of each server; its number follows the tag", "server_busy_s"),
     Metric("data/documents", "documents", "in the step", "num_documents"),
     Metric("data/wait_s", "s", "that the step waited for its data", "data_wait_s"),
-    Metric("data/epoch", "epochs", "passes over the data, with the fraction of the present one", "epoch"),
+    Metric("data/epoch", "epochs", "passes over the data that were complete before the step's last documents", "epoch"),
     Metric("memory/trainer_rss_mib", "MiB", "memory of the largest trainer process", "trainer_rss_mib"),
     Metric("memory/server_rss_mib", "MiB", "memory of the largest dedicated server process", "server_rss_mib"),
     Metric("checkpoint/save_s", "s", "that the step was held up by saving a checkpoint", "checkpoint_save_s"),

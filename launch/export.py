@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-from distca.config import load_settings
 from distca.errors import SettingsError
 from distca.launch.publish import newest
 from distca.launch.runs import CHECKPOINTS, CONFIG, MODEL, RUN_FILE, read_own_config
@@ -16,18 +15,20 @@ from distca.parallel.models import build_model, read_config, without_advice
 
 def export(folder: Path, out: Path) -> int:
     """Write the run's newest checkpoint to `out`, all or nothing; returns its step."""
-    if out.exists():
+    if os.path.lexists(out):
         raise SettingsError(f"{out} exists already: name a folder that does not")
+    if not (folder / RUN_FILE).is_file():
+        raise SettingsError(f"{folder} is no run's folder: there is no {RUN_FILE} in it")
     draft = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         draft.mkdir(parents=True)
         draft.rmdir()
     except OSError as error:
         raise SettingsError(f"cannot write to {out}: {error.strerror}; name a place that you may write to") from None
-    settings = load_settings(folder / RUN_FILE)
     checkpoint = newest(folder / CHECKPOINTS)
+    began = checkpoint.facts["settings"]  # the run's file may say by now how it is to go on
     config = read_config(None, read_own_config(folder))
-    model = build_model(config, None, None, DTYPES[settings.train.precision], settings.seed, attention="sdpa")
+    model = build_model(config, None, None, DTYPES[began["train"]["precision"]], began["seed"], attention="sdpa")
     weights = {name.removeprefix("model."): value for name, value in full_weights(checkpoint.path).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     every, once = (dict(model.named_parameters(remove_duplicate=remove)) for remove in (False, True))

@@ -13,6 +13,7 @@ in its checkpoints, and documents are known by their content.
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -90,11 +91,16 @@ def write_settings(settings: RunSettings, folder: Path) -> None:
 def with_kernel_times(settings: RunSettings, folder: Path) -> RunSettings:
     """The settings with the planner's table in the run's own folder, which every worker sees and nobody measures
     anew: plans stay the same."""
-    named, own = Path(settings.planner.cost), folder / KERNEL_TIMES
     if settings.planner.cost in FORMULAS:
         return settings
-    if named.exists() or not own.exists():  # the folder may have been moved since
-        write_hardware(own, read_hardware(named))
+    named, own = Path(settings.planner.cost), folder / KERNEL_TIMES
+    if not named.exists() and (folder / named.name).exists():  # the folder has been moved since
+        named = folder / named.name
+    times = read_hardware(named)
+    if own.exists() and read_hardware(own) != times:  # nothing that the run went by is written over
+        digest = hashlib.blake2b(times.model_dump_json().encode(), digest_size=4).hexdigest()
+        own = own.with_stem(f"{own.stem}-{digest}")
+    write_hardware(own, times)
     planner = settings.planner.model_copy(update={"cost": str(own.resolve())})
     return settings.model_copy(update={"planner": planner})
 

@@ -25,7 +25,7 @@ from rich.markup import escape
 
 from distca.config import RunSettings, dump_settings, load_settings
 from distca.errors import DataError, SettingsError, TryAgain, UserError
-from distca.hardware import costs_of
+from distca.hardware import costs_of, wires_of
 from distca.launch.cluster import (
     Worker,
     WorkerFailed,
@@ -56,13 +56,13 @@ from distca.launch.runs import (
 )
 from distca.launch.server import DedicatedServer, Meeting, backend_of, pool_of
 from distca.launch.stop import finishing
-from distca.launch.trainer import PlanSummary, Trainer, TrainerReport
+from distca.launch.trainer import PlanSummary, Trainer, TrainerReport, shape_of
 from distca.launch.unforeseen import in_words
 from distca.launch.verify import Comparison
 from distca.metrics import StepRecord
 from distca.order import Cursor
 from distca.parallel.engine import DTYPES, refuse_precision
-from distca.parallel.models import PretrainedConfig, check_model, position_warning
+from distca.parallel.models import PretrainedConfig, check_model, layers_of, position_warning
 from distca.parallel.server import ServerReport
 from distca.plan import imbalance
 
@@ -210,13 +210,12 @@ def _run(
         _ask(team.trainers, "seek", done + 1, cursor, what="reading its documents")
         asked = finishing()  # until here a request ends the command, and nothing of it is left
         write_settings(run_file, folder)
-        before = start.facts.get("record") if start else None  # checkpoints of older versions have none
+        before = start.facts["record"] if start else None
         monitor = Monitor(folder, settings.monitor, first_step=done + 1, before=before)
         try:
             monitor.start(dump_settings(run_file), _versions() | _describe(settings, team, documents, console))
             reporter = _Reporter(settings, team, monitor, console)
-            seen = before or dict(tokens_seen=done * settings.train.tokens_per_step, targets_seen=None if done else 0)
-            saved = done
+            seen, saved = before or dict(tokens_seen=0, targets_seen=0), done
             for step in range(done + 1, steps + 1):
                 clock = time.perf_counter()
                 trainers = _step(team, step)
@@ -319,7 +318,6 @@ def _record(
 ) -> StepRecord:
     """One step's numbers from all workers' reports; what is counted goes on from the step before."""
     first, tokens = trainers[0], settings.train.tokens_per_step
-    targets_seen = before.get("targets_seen")
     record = StepRecord(
         step=step,
         num_steps=settings.train.steps,
@@ -328,7 +326,7 @@ def _record(
         targets=first.targets,
         step_s=step_s,
         tokens_seen=before["tokens_seen"] + tokens,
-        targets_seen=None if targets_seen is None else targets_seen + first.targets,
+        targets_seen=before["targets_seen"] + first.targets,
         data_wait_s=max(t.data_wait_s for t in trainers),
         num_documents=len(first.lengths),
         epoch=float(first.epoch),
@@ -427,8 +425,11 @@ def _versions() -> dict[str, str]:
 def _check(settings: RunSettings) -> PretrainedConfig:
     """The model's configuration; whatever can be refused without documents and processes is refused here."""
     m, device = settings.model, "cuda" if _use_gpus(settings) else "cpu"
-    config = check_model(m, backend_of(settings), DTYPES[settings.train.precision], device)
+    precision = DTYPES[settings.train.precision]
+    config = check_model(m, backend_of(settings), precision, device)
     costs_of(settings.planner)  # a table that cannot be read
+    if settings.planner.wire.gb_per_s:
+        wires_of(settings.planner, shape_of(layers_of(config)[0], precision))  # or one of another model's shape
     return config
 
 

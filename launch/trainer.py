@@ -30,7 +30,7 @@ from distca.launch.server import Meeting, backend_of, meetings, open_link, pool_
 from distca.launch.verify import Comparison, Document, compare_with_one_device
 from distca.masks import MaskRule
 from distca.order import Cursor, Pieces
-from distca.parallel.attach import PackedCausalLM, checkpoint_activations, probe
+from distca.parallel.attach import AttentionCall, PackedCausalLM, checkpoint_activations, probe
 from distca.parallel.core_attention import CallStatistics, CoreAttention, Exchange
 from distca.parallel.engine import DTYPES, Engine, PlainEngine
 from distca.parallel.link import LocalLink
@@ -131,7 +131,7 @@ class Trainer:
         self._calls = probe(self._module)
         self._rules = tuple(sorted({call.rule for call in self._calls}))
         self._costs = costs_of(settings.planner)
-        self._wires = wires_of(settings.planner, _shape(self._calls[0], DTYPES[settings.train.precision]))
+        self._wires = wires_of(settings.planner, shape_of(self._calls[0], DTYPES[settings.train.precision]))
         if m.activation_checkpointing:
             checkpoint_activations(self._module.model)
         self._module.train()
@@ -253,7 +253,7 @@ class Trainer:
         for call in self._calls:
             for plan in set(plans[call.rule]):
                 load_at_home, load = load_at_home + figures[plan][0], load + figures[plan][1]
-            shape = _shape(call, DTYPES[self._settings.train.precision])
+            shape = shape_of(call, DTYPES[self._settings.train.precision])
             for backward, plan in enumerate(plans[call.rule]):
                 moved += shape.wire_bytes(*figures[plan][2], bool(backward))
         summary = PlanSummary(load_at_home, load, sum(len(plan.server) for plan in routes), moved)
@@ -286,7 +286,8 @@ class Trainer:
         )
 
 
-def _shape(call, dtype: torch.dtype) -> AttentionShape:
+def shape_of(call: AttentionCall, dtype: torch.dtype) -> AttentionShape:
+    """What a layer's rows cost on the wire."""
     return AttentionShape(
         call.query_heads, call.kv_heads, call.head_dim, dtype.itemsize, statistics_dtype(dtype).itemsize
     )

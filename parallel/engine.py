@@ -9,8 +9,12 @@ import logging
 import math
 import os
 import warnings
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from glob import has_magic
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import torch
@@ -25,9 +29,8 @@ import deepspeed.ops
 from deepspeed.runtime import compiler
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import safe_get_full_grad, zero_to_fp32
 from deepspeed.utils.tensor_fragment import fragment_address
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch.nn.utils import clip_grad_norm_
 from torch.overrides import TorchFunctionMode
 
@@ -134,8 +137,8 @@ class Engine:
         """Read what `save` wrote; a collective call."""
         groups = self.deepspeed.optimizer.param_groups
         asked = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        with _weights_only():
-            path, _ = self.deepspeed.load_checkpoint(str(folder), tag=TAG)
+        with _weights_only(), _without_magic(folder) as plain:
+            path, _ = self.deepspeed.load_checkpoint(str(plain), tag=TAG)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
         for group, values in zip(self.deepspeed.optimizer.param_groups, asked, strict=True):
             group.update(values)  # a checkpoint brings the optimizer's state, the settings its numbers
@@ -164,7 +167,6 @@ class PlainEngine:
             gradients[name] = total.cpu()
         return gradients
 
-
     def weights_are_finite(self) -> bool:
         return _are_finite(self._module)
 
@@ -185,10 +187,29 @@ FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 def full_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All weights of a saved checkpoint in one process, by name in the saved module."""
     states = folder / TAG / "mp_rank_00_model_states.pt"  # whole, unless ZeRO 3 has split the weights
-    with _weights_only():
+    with _weights_only(), _without_magic(folder) as plain, _in_silence():
         if states.exists():
             return torch.load(states, map_location="cpu", weights_only=True)["module"]
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+        return zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(plain), tag=TAG)
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """DeepSpeed says what it gathers, and draws bars."""
+    with redirect_stdout(StringIO()), mock.patch.object(zero_to_fp32, "tqdm", lambda items, **_: items):
+        yield
+
+
+@contextmanager
+def _without_magic(folder: Path) -> Iterator[Path]:
+    """The folder under a name that DeepSpeed, which looks for files by patterns, does not take for one."""
+    if not has_magic(str(folder)):
+        yield folder
+        return
+    with TemporaryDirectory() as place:
+        link = Path(place) / "checkpoint"
+        link.symlink_to(folder.absolute(), target_is_directory=True)
+        yield link
 
 
 @contextmanager

@@ -42,7 +42,8 @@ SIZES = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "query_pre_attn_scalar"),
     *("original_max_position_embeddings", "sliding_window_pattern"),
 )
-NOT_NEGATIVE = ("rms_norm_eps", "initializer_range", "max_window_layers")
+NOT_NEGATIVE = ("initializer_range", "max_window_layers")
+POSITIVE = ("rms_norm_eps",)  # with 0, a row of zeros becomes NaN
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 PER_LAYER_KIND = ("gemma3_text",)  # families whose rope_parameters hold one mapping per kind of layer
 LAYER_KINDS = ("full_attention", "sliding_attention")
@@ -74,6 +75,9 @@ def value_problems(raw: dict[str, Any]) -> list[str]:
     for key in NOT_NEGATIVE:
         if raw.get(key) is not None and not (_is_number(raw[key]) and raw[key] >= 0) and key not in dict(floats):
             problems.append(f"{key} = {raw[key]!r}: want a number that is not negative")
+    for key in POSITIVE:
+        if raw.get(key) is not None and not (_is_number(raw[key]) and raw[key] > 0) and key not in dict(floats):
+            problems.append(f"{key} = {raw[key]!r}: want a positive number")
     for key in SOFTCAPS:
         if raw.get(key) is not None and not (_is_number(raw[key]) and raw[key] > 0):
             problems.append(f"{key} = {raw[key]!r}: the model divides by it; want a positive number, or null")

@@ -262,9 +262,11 @@ def _outside_words(name: str, wrong: list, vocab_size: int) -> str:
 
 
 def _field_words(error: Exception, raw: dict[str, Any]) -> str | None:
-    """A class's complaint about one field's type, in fewer words."""
-    if not (match := re.match(r"Validation error for field '(\w+)'", str(error))):
+    """A class's complaint about one field, in fewer words."""
+    if not (match := re.match(r"Validation error for field '(\w+)':\s*(\w+): (.*)", str(error))):
         return None
+    if match[2] != "TypeError":
+        return f"{match[1]}: {match[3]}"
     key, kinds = match[1], {field.name: field.type for field in fields(CONFIG_MAPPING[raw["model_type"]])}
     kind = getattr(kinds[key], "__name__", None) or str(kinds[key])
     if "RopeParameters" in kind:

@@ -67,7 +67,7 @@ def began(tmp_path_factory):
         model=dict(path="models/tiny"),
         data=dict(sources=[dict(path="data/ids.jsonl"), dict(path="data/text*.jsonl")], cache="cache"),
         train=dict(tokens_per_step=300, steps=STEPS, precision="fp32", optimizer=dict(learning_rate=3e-3)),
-        parallel=dict(trainers=1, servers=1, trainers_serve=False),
+        parallel=dict(trainers=1, servers=1, trainers_serve=False, zero_stage=3),
         checkpoint=dict(every_steps=SAVED, keep=2),
     )
     (first / "run.yaml").write_text(yaml.safe_dump(values))
@@ -78,7 +78,7 @@ def began(tmp_path_factory):
     second = tmp_path_factory.mktemp("second")
     shutil.copytree(first / "models" / "tiny", second / "weights")
     shutil.copytree(first / "data", second / "texts")
-    moved = Path(shutil.move(run, second / "went"))
+    moved = Path(shutil.move(run, second / "went [on] ü"))
     shutil.rmtree(first)
     return moved, found
 
@@ -89,7 +89,7 @@ def test_it_goes_on_with_the_same_bits_and_exports_what_its_model_was(began, tmp
     exported = tmp_path / "exported"
     distca(tmp_path, "export", run, exported)
     sources = ["--data.sources.0.path", "texts/ids.jsonl", "--data.sources.1.path", "texts/text.jsonl"]
-    said = distca(elsewhere, "resume", "went", *sources, "--data.cache", "new-cache", "--data.tokenizer", "weights")
+    said = distca(elsewhere, "resume", run.name, *sources, "--data.cache", "new-cache", "--data.tokenizer", "weights")
     assert f"after step {SAVED}" in said and os.listdir(elsewhere / "new-cache")
     assert len(truth) == STEPS and losses(run) == truth
 

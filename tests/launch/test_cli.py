@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from documents import write_json_lines
+from hardware_tables import write_hardware
 from rich.console import Console
 from team import TINY_LLAMA
 
@@ -225,6 +226,13 @@ BAD_ROWS = {
 }  # fmt: skip
 
 
+def test_a_table_of_another_models_times_is_refused_where_it_would_be_needed(folder, capsys):
+    planner = dict(cost=str(write_hardware(folder / "times.yaml", query_heads=4)), wire=dict(gb_per_s=1.0))
+    text = said(capsys, EXIT_SETTINGS, "train", write_run(folder, planner=planner))
+    assert "holds times of 4:2 heads of 8, the model has 8:2 of 8" in text
+    assert_nothing_left(folder)
+
+
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_a_bad_document_is_named_with_its_file_and_row(folder, capsys, case):
     row, sentence = BAD_ROWS[case]
@@ -310,9 +318,11 @@ def test_export_refuses_an_existing_folder_and_settings(folder, capsys):
     run = finished_run(folder)
     (folder / "out").mkdir()
     assert "out exists already: name a folder that does not" in said(capsys, EXIT_SETTINGS, "export", run, "out")
+    (folder / "link").symlink_to("nowhere")
+    assert "link exists already" in said(capsys, EXIT_SETTINGS, "export", run, "link")
     text = said(capsys, EXIT_SETTINGS, "export", run, "other", "--train.steps", "3")
     assert text == "distca export takes no settings, found --train.steps"
-    assert "cannot read the run file" in said(capsys, EXIT_SETTINGS, "export", "none", "other")
+    assert "none is no run's folder: there is no run.yaml" in said(capsys, EXIT_SETTINGS, "export", "none", "other")
     assert not (folder / "other").exists() and not list((folder / "out").iterdir())
 
 

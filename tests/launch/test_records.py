@@ -52,11 +52,6 @@ def test_counts_go_on_under_other_settings_and_through_a_checkpoints_facts(setti
     assert (second.tokens_seen, second.targets_seen) == (700, 580)
 
 
-def test_where_targets_were_not_counted_before_their_number_is_not_made_up(settings):
-    record = _record(settings, 8, 0.1, dict(tokens_seen=700, targets_seen=None), [report()] * 2, [])
-    assert (record.tokens_seen, record.targets_seen) == (800, None)
-
-
 @pytest.mark.parametrize(
     ("numbers", "said"),
     [

@@ -91,6 +91,23 @@ def test_measured_times_stay_with_the_run(tmp_path):
     assert again.planner.cost == str(moved / KERNEL_TIMES) and costs_of(again.planner) == costs
 
 
+def test_other_times_at_a_resume_leave_those_that_the_run_went_by(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    first, second = (write_hardware(tmp_path / f"{n}.yaml", rows=[16, 128, n]) for n in (2048, 4096))
+    own = with_kernel_times(make_settings(tmp_path, [50], planner=dict(cost=str(first))), run)
+    before = costs_of(own.planner)
+    other = with_kernel_times(make_settings(tmp_path, [50], planner=dict(cost=str(second))), run)
+    assert costs_of(own.planner) == before != costs_of(other.planner)
+    first.unlink()
+    second.unlink()
+    moved = run.rename(tmp_path / "moved")
+    for settings, costs in ((own, before), (other, costs_of(with_kernel_times(other, moved).planner))):
+        again = with_kernel_times(settings, moved)
+        assert costs_of(again.planner) == costs and Path(again.planner.cost).parent == moved
+        assert with_kernel_times(again, moved) == again
+
+
 def test_formulas_need_no_file(tmp_path):
     settings = make_settings(tmp_path, [50])
     assert with_kernel_times(settings, tmp_path / "nowhere") is settings

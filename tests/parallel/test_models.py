@@ -290,6 +290,8 @@ VALUES = {
     "rope others' key": ("llama", dict(rope_parameters=YARN | dict(low_freq_factor=1.0)), "llama3 does"),
     "rope freq": ("llama", dict(rope_parameters=LLAMA3 | dict(high_freq_factor=1.0)), "greater than low_freq_factor"),
     "rope kinds": ("llama", dict(rope_parameters=YARN | dict(type="linear")), "'yarn' and type 'linear' differ"),
+    "eps": ("llama", dict(rms_norm_eps=0.0), "rms_norm_eps = 0.0: want a positive number"),
+    "range": ("llama", dict(initializer_range=2.0), "initializer_range: Value must be greater"),
     "rope old kind": ("gemma3_text", dict(rope_scaling=dict(type="linear", factor=4.0)), "write rope_type: linear"),
     "rope twice": ("llama", dict(rope_parameters=YARN, rope_scaling=LLAMA3), "both given and differ"),
     "theta": ("llama", dict(rope_theta=0), "rope_theta = 0: want a positive number"),
