@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from distca.config import SourceSettings
+from distca.errors import first_line
 from distca.launch.data import NO_TARGET
 
 
@@ -89,6 +90,10 @@ _REFUSED = {  # names, as whole words without their separators, and why they can
     ),
 }
 _IGNORE = "to train without it, name it in the source's `ignore_columns`"
+
+
+def unreadable(error: BaseException) -> Problem:
+    return Problem("unreadable", f"cannot be read: {first_line(error).rstrip('.')}")
 
 
 def document_of(row: Mapping[str, Any], source: SourceSettings, others: tuple[str, ...] = ()) -> Document | Problem:

@@ -25,7 +25,7 @@ from typing import Any
 from distca.config import DataSettings, SourceSettings
 from distca.launch.data import META, read_meta
 from distca.launch.encode import tokenizer_name
-from distca.launch.read import DataFile
+from distca.launch.files import DataFile
 from distca.paths import expanded
 
 logger = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ from distca.errors import DataError, SettingsError
 from distca.launch.data import LABELS, LENGTHS, META, NO_TARGET, STARTS, TARGETS, TOKENS, read_meta
 from distca.launch.documents import EMPTY, Problem
 from distca.launch.encode import Encoder
+from distca.launch.files import NO_ROWS, DataFile, Found, find_files, shown
 from distca.launch.identity import (
     FORMAT_VERSION,
     digests_of,
@@ -34,7 +35,7 @@ from distca.launch.identity import (
     stamps_of,
     tokenizer_identity,
 )
-from distca.launch.read import NO_ROWS, DataFile, Found, find_files, read_source, shown
+from distca.launch.read import read_source
 from distca.paths import expanded
 
 logger = logging.getLogger(__name__)
