@@ -600,6 +600,10 @@ def _sentence(worker: Worker, error: RayError, what: str) -> UserError:
 
 def _cause_of_death(worker: Worker, error: RayError) -> str:
     text = str(error)
+    if node := re.search(r"node has died\. Node Id: (\w+)", text):
+        return f"host {_host_of(node[1])} was lost"
+    if re.search(r"\bGCS\b|StatusCode\.|RPC [Ee]rror|rpc_code", text):
+        return "the host that runs Ray's head was lost"
     if code := re.search(r"exit code (-?\d+)", text):
         return f"its process ended with exit code {code[1]} (its log: {worker.log})"
     if isinstance(error, OutOfMemoryError) or "running low on memory" in text:
@@ -611,6 +615,14 @@ def _cause_of_death(worker: Worker, error: RayError) -> str:
             return "its process was killed, and the kernel has killed for want of memory meanwhile"
         return f"its process was killed from outside or ended without a word (its log: {worker.log})"
     return _last_line(error)
+
+
+def _host_of(node: str) -> str:
+    """The address of a Ray node, which Ray still knows when the node is gone."""
+    try:
+        return next(found["NodeManagerAddress"] for found in ray.nodes() if found["NodeID"] == node)
+    except (StopIteration, RayError, RuntimeError):
+        return f"of Ray's node {node}"
 
 
 def _crash(worker: Worker) -> str | None:

@@ -475,7 +475,7 @@ def _accounted(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        told, steps = in_words(error, folder / "logs" / "driver.txt"), steps_published(folder / CHECKPOINTS)
+        told, steps = in_words(error, folder), steps_published(folder / CHECKPOINTS)
         if steps:
             go_on = f"the newest checkpoint is of step {steps[0]}; go on with: {_go_on(folder)}"
             raise type(told)(f"{told}; {go_on}") from error

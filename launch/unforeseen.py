@@ -1,7 +1,7 @@
 """What is said of an error that nobody foresaw? One sentence with what to do, and where its traceback is.
 
     except Exception as error:
-        raise in_words(error, log) from error       # a UserError; the traceback is in the file `log`
+        raise in_words(error, folder) from error       # a UserError; the traceback is in folder/logs/driver.txt
 
 Where the machine is the plain cause (disk, memory, permissions, limits), the sentence says so, whoever met it first.
 """
@@ -38,15 +38,15 @@ class Room:
         return f"{bytes_text(self.bytes)} are free" + ("" if self.files else ", but not one more file: no inodes are")
 
 
-def in_words(error: Exception, log: Path | None = None) -> UserError:
-    """The error for people; its traceback is added to `log`, or to a new file in the temporary folder."""
+def in_words(error: Exception, folder: Path | None = None) -> UserError:
+    """The error for people; its traceback is added to the logs of the run in `folder`, or to a new temporary file."""
     if isinstance(error, UserError):
         return error
     if full := full_disk(error):
         cause = {errno.EDQUOT: "your disk quota is used up", errno.EFBIG: "a file may not get this large (ulimit -f)"}
-        place, reason = full.filename or "what there is to write", cause.get(full.errno, "the disk is full")
+        place, reason = full.filename or folder or "any more", cause.get(full.errno, "the disk is full")
         return TryAgain(f"cannot write {place}: {reason}. Make room there, and run this again")
-    where = _keep_traceback(error, log)
+    where = _keep_traceback(error, folder and folder / "logs" / "driver.txt")
     for cause in _causes(error):
         if told := _plain(cause, where):
             return told

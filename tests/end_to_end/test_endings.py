@@ -20,7 +20,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
-MOMENTS = int(os.environ.get("DISTCA_TEST_MOMENTS", 8))
+MOMENTS = int(os.environ.get("DISTCA_TEST_MOMENTS", 6))
 AT_ONCE = 2  # commands that run at the same time
 STEPS = 30
 GONE_S, END_S = 5, 200

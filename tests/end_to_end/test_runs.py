@@ -340,7 +340,7 @@ def test_a_full_disk_ends_a_run_with_the_checkpoint_it_has(folder, stopped):
     last = newest(copy / "checkpoints").step
     ended = distca(folder, "resume", copy, "--train.steps", str(last + 9))
     sentence = assert_one_sentence(ended, 75)
-    assert f"cannot write {copy}/events.txt: the disk is full" in sentence or "cannot write" in sentence
+    assert f"cannot write {copy}: the disk is full" in sentence
     step = newest(copy / "checkpoints", strict=True).step
     assert step > last and f"the newest checkpoint is of step {step}; go on with: distca resume {copy}" in sentence
 

@@ -172,6 +172,22 @@ def test_the_folder_of_a_dead_driver_is_removed_and_that_of_a_living_one_stays(t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lost_host_is_named_instead_of_rays_paragraphs(monkeypatch):
+    node = "ab" * 28
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"NodeID": node, "NodeManagerAddress": "10.1.2.3"}])
+    worker = cluster.Worker("trainer", 1, None, None, 0, 0)
+    said = {
+        f"The actor died because its node has died. Node Id: {node}\n\tterminated unexpectedly: x": "host 10.1.2.3",
+        f"The actor died because its node has died. Node Id: {node[::-1]}": f"host of Ray's node {node[::-1]}",
+        "Failed to connect to GCS within 60 seconds.\nstatus: StatusCode.UNAVAILABLE": "the host that runs Ray's head",
+    }
+    for text, host in said.items():
+        error = ray.exceptions.ActorUnavailableError(text, None)
+        assert str(cluster._sentence(worker, error, "running step 3")) == (
+            f"lost trainer 1 while running step 3: {host} was lost"
+        )
+
+
 # Somebody else's cluster
 
 
