@@ -140,7 +140,8 @@ class DataSettings(Settings):
     tokenizer's own beginning and end are special tokens, so no document can write them. `parse`: the special token,
     for texts that hold a template's tokens on purpose; a beginning or end that is in the text is not added again."""
     max_document_tokens: int | None = Field(None, ge=2)
-    """Longer documents are cut into documents of this many tokens. Default: as many as a micro-batch holds."""
+    """Longer documents are cut into documents of this many tokens (at least 2: a single token has nothing to predict).
+    Default: as many as a micro-batch holds."""
     on_bad_document: Literal["error", "skip"] = "error"
     """Empty documents, ids outside the vocabulary, unreadable files: stop, or leave out and count."""
     cache: Path = Path("~/.cache/distca")

@@ -28,3 +28,8 @@ def looks_local(name: str) -> bool:
         or os.path.exists(name)
         or ("/" in name and os.path.isdir(first))
     )
+
+
+def expanded(path: str | Path) -> Path:
+    """With `~` as the home folder; a user whom this machine does not know is left as written, and will not be found."""
+    return Path(os.path.expanduser(path))

@@ -56,7 +56,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distca.errors import SettingsError, TryAgain, UserError
 from distca.launch.keeper import keeping
-from distca.launch.stop import held
+from distca.launch.limits import enough_allowed
+from distca.launch.stop import deaf, held
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ def start_ray(
 
     `env` is set in every worker. Workers print into `run_folder/logs`. A cluster that does not ask for a token is
     refused unless `insecure`. On the way out Ray is shut down and the environment as before.
-    Requests to stop wait while Ray starts and while it ends: its threads and processes are born deaf to them.
+    Requests to stop wait while Ray starts and while it ends; its processes never hear of them.
     """
     assert not ray.is_initialized(), "this process is connected to a Ray already"
     # The kernel ends our processes when the *thread* that started them ends.
@@ -171,10 +172,10 @@ def start_ray(
     worker_env = {"OMP_NUM_THREADS": str(threads), **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}), **(env or {})}
     address = os.environ.get("RAY_ADDRESS", "local")
     own = address in ("", "local")
-    started = _start_own(num_workers, gpus, worker_env) if own else _join(address, worker_env, insecure)
+    started = _start_own(num_workers, gpus, worker_env, logs) if own else _join(address, worker_env, insecure)
     with contextlib.ExitStack() as stack:
         try:
-            with held(), _handlers_kept():
+            with held(), _signals_kept():
                 stack.enter_context(_environment(PYTHONBREAKPOINT=os.environ.get("PYTHONBREAKPOINT")))
                 host = stack.enter_context(started)
             yield Cluster(own=own, host=host, logs=logs)
@@ -184,7 +185,7 @@ def start_ray(
 
 
 @contextlib.contextmanager
-def _start_own(num_workers: int, gpus: bool, worker_env: Mapping[str, str]) -> Iterator[str]:
+def _start_own(num_workers: int, gpus: bool, worker_env: Mapping[str, str], logs: Path) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_private_folder())
         token = folder / "token"
@@ -203,9 +204,13 @@ def _start_own(num_workers: int, gpus: bool, worker_env: Mapping[str, str]) -> I
         # what RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 does, for this process: it imported Ray before the variable was set
         stack.enter_context(_replaced(ray_constants, "ENABLE_RAY_CLUSTER", False))
         stack.enter_context(_replaced(ray_driver, "print_to_stdstream", _to_log))
+        stack.enter_context(enough_allowed(num_workers, LOOPBACK))
         mark = stack.enter_context(keeping(folder))
         stack.callback(_shut_down)
-        with _environment(**worker_env, **mark):  # workers inherit it from Ray's processes, which start here
+        with (
+            _environment(**worker_env, **mark),  # workers inherit it from Ray's processes, which start here
+            _failing_in_words(folder, logs),
+        ):
             ray.init(
                 address="local",
                 _node_ip_address=LOOPBACK,
@@ -218,6 +223,20 @@ def _start_own(num_workers: int, gpus: bool, worker_env: Mapping[str, str]) -> I
                 logging_level=logging.ERROR,
             )
         yield LOOPBACK
+
+
+@contextlib.contextmanager
+def _failing_in_words(folder: Path, logs: Path) -> Iterator[None]:
+    """What Ray's processes wrote about a start that failed is kept, as their folder is not."""
+    try:
+        yield
+    except Exception as error:
+        log = logs / "ray.txt"
+        with open(log, "w", encoding="utf-8") as kept:
+            kept.write(f"{''.join(traceback.format_exception(error))}\n")
+            for file in sorted(folder.glob("ray/session_latest/logs/*.*")):
+                kept.write(f"---- {file.name}\n{file.read_text(errors='replace')}\n")
+        raise UserError(f"Ray did not start on this machine: {_last_line(error)} (its own words: {log})") from error
 
 
 def _shut_down() -> None:
@@ -324,10 +343,20 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+class _DeafProcess(services.ConsolePopen):
+    """One that no request to stop reaches, and none that it starts."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        with deaf():
+            super().__init__(*args, **kwargs)
+
+
 @contextlib.contextmanager
-def _handlers_kept() -> Iterator[None]:
-    """Ray would put handlers for SIGTERM, in Python and in native code, that end the driver whatever it is doing."""
+def _signals_kept() -> Iterator[None]:
+    """Requests to stop are for the driver alone; and Ray would put handlers for SIGTERM, in Python and in native code,
+    that end it whatever it is doing."""
     with (
+        _replaced(services, "ConsolePopen", _DeafProcess),
         _replaced(ray_utils, "set_sigterm_handler", lambda handler: None),
         _replaced(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True),
     ):
@@ -352,7 +381,13 @@ def _private_folder() -> Iterator[Path]:
         with contextlib.suppress(OSError), open(old / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(old, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix="distca-ray-", dir=root))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="distca-ray-", dir=root))
+    except OSError as error:
+        raise SettingsError(
+            f"no folder for Ray's sockets can be made in {root}: {error.strerror}. Let TMPDIR name a folder of at most "
+            f"{LONGEST_TEMP_ROOT} letters that can be written to, as their paths cannot be longer"
+        ) from None
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:

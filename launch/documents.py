@@ -226,7 +226,7 @@ def _means_ids(name: str) -> bool:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[\W_]+", "", name).lower()
+    return re.sub(r"[-_.\s]+", "", name).lower()
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -292,7 +292,9 @@ def _ids_document(value: Any, row: Mapping[str, Any], shape: _Shape) -> Document
             return _suspect(name, "token ids")
     ids = _ids(value)
     if ids is None:
-        return Problem("wrong type", f"column `{shape.document}` holds {reprlib.repr(value)}; {_WANTED}")
+        nested = isinstance(value, list) and value and isinstance(value[0], list)
+        advice = "; one row is one document: write one row per list" if nested else ""
+        return Problem("wrong type", f"column `{shape.document}` holds {reprlib.repr(value)}; {_WANTED}{advice}")
     columns: dict[str, np.ndarray] = {}
     for name in shape.beside:
         read = _ids if name in (*shape.labels, *shape.positions) else _flags
@@ -367,6 +369,8 @@ def _are_ids(value: Any) -> bool:
 def _ids(value: Any) -> np.ndarray | None:
     """A list of integers as an array; None for anything else. True is not 1."""
     if isinstance(value, np.ndarray):
+        if value.dtype == np.uint64 and value.size and value.max() > np.iinfo(np.int64).max:
+            return None  # as int64 it would be another number, and may be NO_TARGET
         return value if value.dtype.kind in "iu" and value.ndim == 1 else None
     if not isinstance(value, list) or set(map(type, value)) - {int}:
         return None

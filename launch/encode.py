@@ -24,12 +24,14 @@ import transformers
 from distca.config import DataSettings
 from distca.errors import SettingsError, first_line
 from distca.launch.documents import Problem
-from distca.paths import looks_local
+from distca.paths import expanded, looks_local
 
 logger = logging.getLogger(__name__)
 
 BYTE_EOS, BYTE_OFFSET = 1, 3  # ByT5's: ids 0 to 2 are pad, end of sequence and unknown
-PART = 1 << 20  # characters
+PART = 1 << 18  # characters of a long text that are encoded at once
+LONG_TEXT = 1 << 20  # characters; shorter ones are encoded at once: a tokenizer needs some 200 bytes per token
+OVERLAP = 1 << 12  # characters that two parts of a long text share
 _NO_TOKENS = Problem("empty", "the tokenizer makes no token of the text")
 
 
@@ -46,7 +48,7 @@ def load_tokenizer(
     if name == "bytes":
         return transformers.ByT5Tokenizer(extra_ids=0)
     revision = settings.tokenizer_revision if settings.tokenizer else model_revision
-    place = str(Path(name).expanduser())
+    place = str(expanded(name))
     advice = "Give a folder with tokenizer files, a hub name that this machine can reach or has downloaded, or `bytes`"
     if not settings.tokenizer:
         advice = "`model.path` has no tokenizer that can be used, and texts need one: set `data.tokenizer`. " + advice
@@ -76,7 +78,8 @@ class Encoder:
             return [self._encode_bytes(text) for text in texts]
         if self._tokenizer is None:
             self._tokenizer = self._load()
-        return [self._finished(content) for content in self._contents(texts)]
+        contents = self._contents(texts)
+        return [self._finished(text, content) for text, content in zip(texts, contents, strict=True)]
 
     def _load(self) -> _Tokenizer:
         tokenizer = load_tokenizer(self._settings, *self._model)
@@ -99,7 +102,7 @@ class Encoder:
                 return [content for text in texts for content in self._contents([text])]
             return [Problem("cannot be tokenised", f"the tokenizer cannot encode the text: {first_line(error)}")]
 
-    def _finished(self, content: np.ndarray | Problem) -> np.ndarray | Problem:
+    def _finished(self, text: str, content: np.ndarray | Problem) -> np.ndarray | Problem:
         """With the beginning and the end, each once."""
         tokenizer = self._tokenizer
         if isinstance(content, Problem):
@@ -123,6 +126,8 @@ class Encoder:
             )
         if not len(content):
             return _NO_TOKENS
+        if dropped := tokenizer.drops(text):
+            return Problem("cannot be tokenised", f"the tokenizer has no token for {dropped!r} and would drop it")
         if self._settings.append_eos and tokenizer.eos not in after[-1:]:
             after = (*after, tokenizer.eos)
         return np.concatenate([before, content, after], dtype=content.dtype, casting="unsafe")
@@ -152,6 +157,7 @@ class _Tokenizer:
     bos: int | None
     eos: int | None
     control: tuple[int, ...]  # ids that a text must not become, unless it is parsed for them
+    drops: Callable[[str], str] = lambda text: ""  # characters of a text that would vanish
 
 
 def _of_backend(
@@ -166,15 +172,72 @@ def _of_backend(
     own.encode_special_tokens = not parse
     unknown = {parts["model"].get("unk_id"), control.get(parts["model"].get("unk_token"))}
     return _Tokenizer(
-        encode=lambda texts: [
-            np.array(encoding.ids, np.uint32) for encoding in own.encode_batch_fast(texts, add_special_tokens=False)
-        ],
+        encode=lambda texts: _encoded(own, texts),
         before=before,
         after=after,
         bos=tokenizer.bos_token_id,
         eos=tokenizer.eos_token_id,
         control=() if parse else tuple(sorted(set(control.values()) - unknown)),
+        **({"drops": _dropped_by(own)} if _may_drop(parts) else {}),
     )
+
+
+def _encoded(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    short = [text for text in texts if len(text) < LONG_TEXT]
+    encoded = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
+    return [
+        np.array(next(encoded).ids, np.uint32) if len(text) < LONG_TEXT else _encoded_in_parts(tokenizer, text)
+        for text in texts
+    ]
+
+
+def _encoded_in_parts(tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
+    """The tokens of a long text, in the memory of a part.
+
+    Neighbouring parts overlap, and are joined in the middle of it if they agree on everything about there: the one has
+    all that comes before, the other all that comes after, so neither matters to these tokens, nor do the cuts. Where
+    they do not agree, the text is encoded at once."""
+    joined: list[np.ndarray] = []
+    ids, starts = _part(tokenizer, text, 0)
+    for begin in range(PART, len(text), PART):
+        next_ids, next_starts = _part(tokenizer, text, begin)
+        first, middle, last = (begin + quarter * OVERLAP // 4 for quarter in (1, 2, 3))
+        inside, next_inside = (first <= starts) & (starts < last), (first <= next_starts) & (next_starts < last)
+        same = np.array_equal(ids[inside], next_ids[next_inside])
+        if not (same and inside.any() and np.array_equal(starts[inside], next_starts[next_inside])):
+            return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
+        joined.append(ids[starts < middle])
+        ids, starts = next_ids[next_starts >= middle], next_starts[next_starts >= middle]
+    return np.concatenate([*joined, ids])
+
+
+def _part(tokenizer: tokenizers.Tokenizer, text: str, begin: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of a part and its overlap with the next, and the characters at which they start."""
+    encoding = tokenizer.encode(text[begin : begin + PART + OVERLAP], add_special_tokens=False)
+    starts = np.fromiter((start for start, _ in encoding.offsets), np.int64, len(encoding))
+    return np.array(encoding.ids, np.uint32), begin + starts
+
+
+def _may_drop(parts: dict[str, Any]) -> bool:
+    """Byte pairs without a token for the unknown leave out, without a word, what they were not trained on."""
+    model = parts["model"]
+    before = json.dumps([parts["pre_tokenizer"], parts["normalizer"]])
+    spells_bytes = model.get("byte_fallback") or "ByteLevel" in before
+    return model.get("type") == "BPE" and model.get("unk_token") is None and not spells_bytes
+
+
+def _dropped_by(tokenizer: tokenizers.Tokenizer) -> Callable[[str], str]:
+    known: dict[str, bool] = {}
+
+    def drops(text: str) -> str:
+        for sign in sorted(set(text)):
+            if sign not in known:
+                known[sign] = sign.isspace() or bool(tokenizer.encode(sign, add_special_tokens=False).ids)
+            if not known[sign]:
+                return sign
+        return ""
+
+    return drops
 
 
 def _around(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:

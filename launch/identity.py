@@ -26,6 +26,7 @@ from distca.config import DataSettings, SourceSettings
 from distca.launch.data import META, read_meta
 from distca.launch.encode import tokenizer_name
 from distca.launch.read import DataFile
+from distca.paths import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def identity_of(folder: Path) -> str:
 
 def find_prepared(cache: Path, identity: str) -> Path | None:
     """The prepared documents of this identity, if they are still there; their sources need not be."""
-    folder = cache.expanduser() / identity
+    folder = expanded(cache) / identity
     return folder if (folder / META).exists() else None
 
 
@@ -75,7 +76,7 @@ def identity(
 def tokenizer_identity(settings: DataSettings, model_path: str | None, model_revision: str | None, cache: Path) -> Any:
     """A local tokenizer is known by the contents of its files, one on the hub by its name and revision."""
     name = tokenizer_name(settings, model_path)
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if name == "bytes" or not folder.exists():
         return [name, settings.tokenizer_revision if settings.tokenizer else model_revision]
     inside = [path for path in sorted(folder.iterdir()) if _TOKENIZER_FILE.fullmatch(path.name.lower())]

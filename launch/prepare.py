@@ -34,7 +34,8 @@ from distca.launch.identity import (
     stamps_of,
     tokenizer_identity,
 )
-from distca.launch.read import NO_ROWS, DataFile, Found, find_files, read_source
+from distca.launch.read import NO_ROWS, DataFile, Found, find_files, read_source, shown
+from distca.paths import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def prepare(
     used; with `on_bad_document: skip` documents and files are left out instead, and a warning says how many and why.
     `model_path` is where the tokenizer comes from if the settings name none."""
     encoder = Encoder(settings, model_path, model_revision)
-    cache = settings.cache.expanduser()
+    cache = expanded(settings.cache)
     tokenizer = tokenizer_identity(settings, model_path, model_revision, cache)
     return tuple(_prepare_source(settings, n, encoder, tokenizer, vocab_size) for n in range(len(settings.sources)))
 
@@ -63,7 +64,7 @@ def prepare(
 def _prepare_source(settings: DataSettings, number: int, encoder: Encoder, tokenizer: object, vocab_size: int) -> Path:
     source = settings.sources[number]
     name = f"data.sources[{number}] ({source.path})"
-    cache = settings.cache.expanduser()
+    cache = expanded(settings.cache)
     try:
         files = find_files(name, source)
         digests = None if files is None else digests_of([file.path for file in files], cache)
@@ -221,7 +222,7 @@ class _Seen:
     def is_document(self, found: Found) -> bool:
         document = found.content
         if document is NO_ROWS:
-            self._without_rows.append(str(found.file))
+            self._without_rows.append(shown(found.file))
             return False
         if isinstance(document, Problem):
             self.refuse(found.place, document)

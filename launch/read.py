@@ -34,11 +34,12 @@ import pyarrow.parquet as pq
 from distca.config import SourceSettings
 from distca.errors import DataError, first_line
 from distca.launch.documents import EMPTY, Document, Opaque, Problem, columns_to_read, document_of
-from distca.paths import looks_local
+from distca.paths import expanded, looks_local
 
 logger = logging.getLogger(__name__)
 
-BATCH_ROWS = 1024  # of a table, at most
+BATCH_ROWS = 64  # of a table, at most
+EXPANSION = 4  # bytes in memory for one in a parquet file, about: ids and masks are packed there
 BATCH_BYTES = 1 << 25  # of a table, about, when it is in memory
 CHUNK = 1 << 20  # bytes of a JSON array, read at once
 LONG = 1 << 24  # characters of JSON from which on equal numbers are kept once: slower, and a third of the memory
@@ -96,9 +97,14 @@ class Found:
 
     @property
     def place(self) -> str:
-        parts = [f"file {self.file}"] if self.file else []
+        parts = [f"file {shown(self.file)}"] if self.file else []
         parts += [f"row {self.row} (counted from 0)"] if self.row is not None else []
         return ", ".join(parts)
+
+
+def shown(path: Path) -> str:
+    """A path as it can be printed: names need not be text."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 # ---- which files ----
@@ -109,7 +115,7 @@ def find_files(name: str, source: SourceSettings) -> list[DataFile] | None:
     if source.path == "python-stdlib":
         _refuse_settings(name, source, "the standard library", ("subset", "revision", "column", "ignore_columns"))
         return _library_files(name)
-    path = Path(source.path).expanduser()
+    path = expanded(source.path)
     if source.format == "hub":
         return None
     if path.is_dir():
@@ -267,7 +273,14 @@ def read_source(name: str, source: SourceSettings, files: list[DataFile] | None)
         except OSError as error:
             yield Found(file.path, None, unreadable(error))
             continue
-        yield from reader(file, source)
+        row = None
+        try:
+            for found in reader(file, source):
+                row = found.row
+                yield found
+        except (pa.ArrowException, OSError, ValueError, IndexError, KeyError, NotImplementedError) as error:
+            # pyarrow also fails where nobody expects it, as in the names of columns
+            yield Found(file.path, None if row is None else row + 1, unreadable(error))
 
 
 def _read_text(file: DataFile, source: SourceSettings) -> Iterator[Found]:
@@ -298,16 +311,21 @@ def _not_utf8(head: bytes) -> Problem | None:
             return Problem("unreadable", f"cannot be read: it {sentence}")
     if re.match(rb"BZh[1-9]1AY&SY", head):
         return Problem("unreadable", "cannot be read: it is compressed with bzip2: let its name end in .bz2")
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)) or _every_other_is_zero(head):
-        wide = head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or b"\0\0\0" in head[:5]
-        code = "UTF-32" if wide else "UTF-16"
+    if width := _width(head):
+        code = f"UTF-{8 * width}"
         return Problem("unreadable", f"cannot be read: it is {code}; convert it (`iconv -f {code} -t UTF-8`)")
     return None
 
 
-def _every_other_is_zero(head: bytes) -> bool:
-    even, odd = head[::2], head[1::2]
-    return len(head) >= 4 and (not any(even) and any(odd) or not any(odd) and any(even))
+def _width(head: bytes) -> int | None:
+    """Bytes per character of a text that is not UTF-8: by its byte-order mark, or since all but one of them are 0."""
+    marked = {4: (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), 2: (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
+    for width, marks in marked.items():
+        columns = [head[at::width] for at in range(width)]
+        one_is_text = sum(map(all, columns)) == 1 and sum(map(any, columns)) == 1
+        if head.startswith(marks) or one_is_text and len(head) >= 8:
+            return width
+    return None
 
 
 def unreadable(error: BaseException) -> Problem:
@@ -372,11 +390,12 @@ def _read_json(file: DataFile, source: SourceSettings) -> Iterator[Found]:
 def _line_rows(stream: io.BufferedIOBase, source: SourceSettings) -> Iterator[Document | Problem | None]:
     """A row per line; None for an empty one."""
     while line := stream.readline():
-        if line.isspace() or line == codecs.BOM_UTF8:
+        line = line.removeprefix(codecs.BOM_UTF8)  # in front of the first, and of others where files were joined
+        if not line or line.isspace():
             yield None
             continue
         try:
-            text = line.decode("utf-8").removeprefix("\ufeff")
+            text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             content: Document | Problem = unreadable(error)
         else:
@@ -509,9 +528,11 @@ class _Text:
 
 def _read_parquet(file: DataFile, source: SourceSettings) -> Iterator[Found]:
     try:
-        table = pq.ParquetFile(pa.OSFile(str(file.path)), page_checksum_verification=True)
+        table = pq.ParquetFile(pa.OSFile(os.fsencode(file.path)), page_checksum_verification=True)
         names, meta = table.schema_arrow.names, table.metadata
         sizes = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+        if sum(sizes) != meta.num_rows:
+            raise ValueError(f"it says it has {meta.num_rows} rows, and its row groups say {sum(sizes)}")
     except Exception as error:  # pyarrow raises all kinds; each means that the file cannot be read
         yield Found(file.path, None, unreadable(error))
         return
@@ -519,9 +540,11 @@ def _read_parquet(file: DataFile, source: SourceSettings) -> Iterator[Found]:
         yield Found(file.path, None, problem)
         return
     columns, first = columns_to_read(names, source), 0
-    for groups, batch_rows in _runs_of_groups(meta, sizes, columns):
+    for groups, batch_rows in _runs_of_groups(meta, sizes):
         num_rows, row = sum(sizes[group] for group in groups), first
-        batches = table.iter_batches(batch_rows, row_groups=groups, columns=columns, use_threads=False)
+        batches = _group_batches(table, batch_rows, groups, columns)
+        if len(groups) > 1:
+            batches = _complete(batches, num_rows)
         while row < first + num_rows:
             batch = _next(batches)
             if not isinstance(batch, pa.RecordBatch):
@@ -531,6 +554,22 @@ def _read_parquet(file: DataFile, source: SourceSettings) -> Iterator[Found]:
                 yield Found(file.path, row, content)
                 row += 1
         first += num_rows
+
+
+def _group_batches(
+    table: pq.ParquetFile, batch_rows: int, groups: Sequence[int], columns: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    """Nothing is looked at, and can fail, before the first batch is asked for."""
+    yield from table.iter_batches(batch_rows, row_groups=groups, columns=columns, use_threads=False)
+
+
+def _complete(batches: Iterator[pa.RecordBatch], num_rows: int) -> Iterator[pa.RecordBatch]:
+    """The rows of several groups, or none if some are missing: which ones, only each group alone can tell."""
+    try:
+        found = list(batches)
+    except Exception:  # as above; what it was is said when the groups are read alone
+        found = []
+    return iter(found if sum(batch.num_rows for batch in found) == num_rows else [])
 
 
 def _next(batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | Problem:
@@ -555,7 +594,7 @@ def _damaged_groups(
     """Row by row, from row `done` on, what can be read of row groups that begin at row `first`; each group until its
     damage."""
     for group in groups:
-        batches = table.iter_batches(1, row_groups=[group], columns=columns_to_read(names, source), use_threads=False)
+        batches = _group_batches(table, 1, [group], columns_to_read(names, source))
         for row in range(first, first + sizes[group]):
             batch = _next(batches)
             if isinstance(batch, Problem):
@@ -567,18 +606,16 @@ def _damaged_groups(
         first += sizes[group]
 
 
-def _runs_of_groups(
-    meta: pq.FileMetaData, sizes: Sequence[int], columns: Sequence[str]
-) -> Iterator[tuple[list[int], int]]:
-    """Row groups to read together, without those that have no rows, and how many rows at a time keep memory small."""
+def _runs_of_groups(meta: pq.FileMetaData, sizes: Sequence[int]) -> Iterator[tuple[list[int], int]]:
+    """Row groups to read together, without those that have no rows, and how many rows at a time keep memory small.
+
+    Only a group's own size is looked at: asking a damaged file for those of its columns can end the process."""
     run: list[int] = []
     run_rows = run_bytes = 0
     for group, num_rows in enumerate(sizes):
         if num_rows <= 0:
             continue
-        chunks = [meta.row_group(group).column(i) for i in range(meta.num_columns)]
-        chunks = [chunk for chunk in chunks if chunk.path_in_schema.startswith(tuple(columns))]
-        num_bytes = sum(max(8 * chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks)
+        num_bytes = EXPANSION * max(meta.row_group(group).total_byte_size, 0)
         if run and run_bytes + num_bytes > BATCH_BYTES:
             yield run, _batch_rows(run_rows, run_bytes)
             run, run_rows, run_bytes = [], 0, 0
@@ -588,9 +625,7 @@ def _runs_of_groups(
 
 
 def _batch_rows(num_rows: int, num_bytes: int) -> int:
-    if num_bytes <= BATCH_BYTES:
-        return BATCH_ROWS
-    return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // num_bytes // 4))
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(num_bytes, 1)))
 
 
 def _read_arrow(file: DataFile, source: SourceSettings) -> Iterator[Found]:
@@ -617,7 +652,7 @@ def _read_arrow(file: DataFile, source: SourceSettings) -> Iterator[Found]:
 
 def _arrow_batches(path: Path, source: SourceSettings) -> tuple[Iterator[pa.RecordBatch | Problem], list[str]]:
     """Record batches of the columns that matter, and the names of all columns. Arrow has a file and a stream format."""
-    mapped = pa.memory_map(str(path))
+    mapped = pa.memory_map(os.fsencode(path))
     is_file = mapped.read(6) == b"ARROW1"
     mapped.seek(0)
     open_any = pa.ipc.open_file if is_file else pa.ipc.open_stream

@@ -7,7 +7,7 @@
         asked = finishing()    # from here to the command's end requests are only noted: a run ends after a step
 
 SIGTERM and SIGINT ask, whoever sends them, one or both, once or to every process of the run: those that Ray starts
-inherit a mask from `held` and hear nothing. What is asked again within `SAME_S` is the same request. While a run is
+inherit a mask from `deaf` and hear nothing. What is asked again within `SAME_S` is the same request. While a run is
 finishing, only another Ctrl-C stops it at once. SIGHUP is said and changes nothing: a terminal that was closed takes
 no run with it. The only file that sets a signal's handler.
 """
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 REQUESTS = (signal.SIGTERM, signal.SIGINT)
 HEARD = (*REQUESTS, signal.SIGHUP)
 AGAIN_S = 0.05
+PATIENCE_S = 60.0  # Ray starts and ends in a few seconds; where it hangs, it is given up
 SAME_S = 1.0  # a scheduler tells the group, and then each process; a person's second Ctrl-C takes longer
 
 
@@ -39,7 +40,7 @@ class _Listener:
     def __init__(self) -> None:
         self.asked = threading.Event()
         self.finishing = False
-        self.holds, self._pending = 0, False
+        self.holds, self._held_since, self._pending = 0, 0.0, False
         self._heard = -SAME_S
 
     def hear(self, number: int, _frame: object) -> None:
@@ -58,18 +59,30 @@ class _Listener:
 
     def heed(self) -> None:
         """Raise what is to be raised, unless something must not be torn in two."""
-        if self._pending and not self.holds:
-            self._pending = False
-            raise KeyboardInterrupt
+        if not self._pending:
+            return
+        if self.holds and (left_s := self._held_since + PATIENCE_S - time.monotonic()) > 0:
+            _ask_again_in(left_s)
+            return
+        self._pending = False
+        raise KeyboardInterrupt
+
+    def hold(self) -> None:
+        if not self.holds:
+            self._held_since = time.monotonic()
+        self.holds += 1
+
+    def let_go(self) -> None:
+        self.holds -= 1
+        if not self.holds:
+            self.heed()
 
 
     def unraisable(self, found: sys.UnraisableHookArgs) -> None:
         """Python was where no exception gets out, as in the callback of a weak reference: ask again, a moment later."""
         if self.asked.is_set() and issubclass(found.exc_type, KeyboardInterrupt):
             self._pending = True
-            again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGTERM))
-            again.daemon = True
-            again.start()
+            _ask_again_in(AGAIN_S)
         else:
             sys.__unraisablehook__(found)
 
@@ -102,18 +115,23 @@ def listening() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Requests, and what starts here hears none: threads and processes inherit the mask."""
+    """Requests, until the end of something that must not be torn in two; but for no longer than `PATIENCE_S`."""
     listener = _listener
-    listener.holds += 1  # older threads do not have the mask, and Python hears in the main thread what any thread got
-    handlers = {number: signal.getsignal(number) for number in HEARD}
+    listener.hold()
+    try:
+        yield
+    finally:
+        listener.let_go()
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Requests are not heard, nor ever by the processes and threads that start here: they inherit the mask."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
     try:
         yield
     finally:
-        _set(handlers)  # native code may have put others, or none
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        listener.holds -= 1
-        listener.heed()
 
 
 def finishing() -> threading.Event:
@@ -130,9 +148,13 @@ def was_asked() -> bool:
     return _listener.asked.is_set() and not _listener.finishing
 
 
+def _ask_again_in(seconds: float) -> None:
+    again = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
+    again.daemon = True
+    again.start()
+
+
 def _set(handlers: dict) -> dict:
-    """Those before. One that is none of Python's is None, and cannot be put back."""
-    handlers = {number: handler for number, handler in handlers.items() if handler is not None}
     return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
 

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
-from transformers import PretrainedConfig
 
 from distca.config import RunSettings, dump_settings, load_settings
 from distca.errors import DataError, SettingsError, TryAgain, UserError
@@ -63,7 +62,7 @@ from distca.launch.verify import Comparison
 from distca.metrics import StepRecord
 from distca.order import Cursor
 from distca.parallel.engine import DTYPES, refuse_precision
-from distca.parallel.models import check_model, layers_of, position_warning
+from distca.parallel.models import PretrainedConfig, check_model, layers_of, position_warning
 from distca.parallel.server import ServerReport
 from distca.plan import imbalance
 

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 MOMENTS = int(os.environ.get("DISTCA_TEST_MOMENTS", 8))
 AT_ONCE = 2  # commands that run at the same time
+STEPS = 30
 GONE_S, END_S = 5, 200
 MARK = "DISTCA_TEST_ENDING"
 
@@ -35,9 +36,11 @@ from distca.errors import TryAgain
 from distca.launch import cli
 from distca.launch.cluster import gather, place, spawn, start_ray
 
+STEPS = int(sys.argv[3])
+
 class Worker:
     def step(self):
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 def light(settings, console, insecure):
     folder = Path(sys.argv[2]) / "run"
@@ -49,10 +52,11 @@ def light(settings, console, insecure):
             gather([w.made for w in workers], 100, "starting")
             asked = stop.finishing()
             (folder / "run.yaml").touch()
-            for step in range(1, 31):
+            for step in range(1, STEPS + 1):
                 gather([w.call("step") for w in workers], 100, f"running step {step}")
-                (folder / "done").write_text(str(step))
-                if asked.is_set() and step < 30:
+                (folder / "next").write_text(str(step))
+                (folder / "next").replace(folder / "done")
+                if asked.is_set() and step < STEPS:
                     (folder / "saved").write_text(str(step))
                     raise TryAgain(f"stopped as asked after step {step}")
     except KeyboardInterrupt:
@@ -78,10 +82,6 @@ class Ended:
     folder: Path
     gone_s: float  # from the end that was made of it until nothing of it was left
 
-    def number_in(self, name: str) -> int:
-        file = self.folder / "run" / name
-        return int(file.read_text()) if file.exists() else 0
-
 
 def left_of(mark: str, session: int) -> list[psutil.Process]:
     """By the mark, and by the session too: Ray's agents overwrite their environment."""
@@ -96,19 +96,50 @@ def left_of(mark: str, session: int) -> list[psutil.Process]:
     return found
 
 
-def run(folder: Path, moment_s: float, end) -> Ended:
-    """The light command; after so many seconds `end(process, all of its processes)` happens to it, if it is still
-    there."""
+@dataclass(frozen=True)
+class Moment:
+    """So many seconds after a step was done; step 0 is before everything."""
+
+    step: int
+    seconds: float
+
+    def wait(self, folder: Path, process: subprocess.Popen) -> bool:
+        """Whether it came before the process had ended."""
+        while process.poll() is None and steps_done(folder) < self.step:
+            time.sleep(0.01)
+        try:
+            process.wait(self.seconds)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
+
+def moments(seed: int, count: int, first_s: float, whole_s: float) -> list[Moment]:
+    """While it starts, which takes nearly all of the time, and while it runs and stops, in turns."""
+    draw = random.Random(seed)
+    starting = [Moment(0, draw.uniform(first_s, whole_s)) for _ in range(count)]
+    running = [Moment(draw.randint(1, STEPS), draw.uniform(0, 0.3)) for _ in range(count)]
+    return [both[number % 2] for number, both in enumerate(zip(starting, running, strict=True))]
+
+
+def steps_done(folder: Path) -> int:
+    return number_in(folder / "run" / "done")
+
+
+def number_in(file: Path) -> int:
+    return int(file.read_text() or 0) if file.exists() else 0
+
+
+def run(folder: Path, moment: Moment, end) -> Ended:
+    """The light command; at the moment `end(process, all of its processes)` happens to it, if it is still there."""
     folder.mkdir()
     mark, (out, err) = uuid.uuid4().hex, (folder / "out", folder / "err")
     with open(out, "w") as stdout, open(err, "w") as stderr:
-        command = [sys.executable, folder.parent / "light.py", __file__, folder]
+        command = [sys.executable, folder.parent / "light.py", __file__, folder, str(STEPS)]
         environment = os.environ | {MARK: mark}
         process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment, start_new_session=True)
     try:
-        try:
-            process.wait(moment_s)
-        except subprocess.TimeoutExpired:
+        if moment.wait(folder, process):
             end(process, lambda: left_of(mark, process.pid))
         killed = time.monotonic()
         code = process.wait(END_S)
@@ -136,28 +167,25 @@ def whole_s(folder) -> float:
 
     def one(number: int) -> float:
         start = time.monotonic()
-        ended = run(folder / f"whole-{number}", END_S, None)
-        assert (ended.code, ended.number_in("done")) == (0, 30), ended
+        ended = run(folder / f"whole-{number}", Moment(STEPS + 1, END_S), None)
+        assert (ended.code, steps_done(ended.folder)) == (0, STEPS), ended
         return time.monotonic() - start
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return max(pool.map(one, range(AT_ONCE)))
 
 
-def ended_at(folder: Path, name: str, moments: list[float], ends: list) -> list[Ended]:
+def ended_at(folder: Path, name: str, at: list[Moment], ends: list) -> list[Ended]:
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        names = [folder / f"{name}-{number}" for number in range(len(moments))]
-        return list(pool.map(run, names, moments, ends))
+        return list(pool.map(run, [folder / f"{name}-{number}" for number in range(len(at))], at, ends))
 
 
 def kill(process, _) -> None:
     process.kill()
 
 
-def test_after_sigkill_at_any_moment_nothing_is_left(folder, whole_s, record_property):
-    draw = random.Random(0)
-    moments = [draw.uniform(0.05, whole_s) for _ in range(MOMENTS)]
-    all_ended = ended_at(folder, "killed", moments, [kill] * MOMENTS)
+def test_after_sigkill_at_any_moment_nothing_is_left(folder, whole_s):
+    all_ended = ended_at(folder, "killed", moments(0, MOMENTS, 0.05, whole_s), [kill] * MOMENTS)
     gone = sorted(ended.gone_s for ended in all_ended if ended.code == -signal.SIGKILL)
     assert gone, "none was killed in time"
     print(f"{len(gone)} killed; until nothing was left: median {gone[len(gone) // 2]:.2f} s, longest {gone[-1]:.2f} s")
@@ -185,15 +213,13 @@ def to_all(number: int):
 
 def test_a_request_at_any_moment_to_any_processes_leaves_a_saved_run_or_none(folder, whole_s):
     """From the first moment at which Python can hear of it."""
-    draw = random.Random(1)
     kinds = list(product([to_driver, to_group, to_all], [signal.SIGTERM, signal.SIGINT]))
     ends = [to(number) for to, number in islice(cycle(kinds), MOMENTS)]
-    moments = [draw.uniform(0.5, whole_s) for _ in ends]
     before = after = 0
-    for ended in ended_at(folder, "asked", moments, ends):
+    for ended in ended_at(folder, "asked", moments(1, MOMENTS, 0.5, whole_s), ends):
         assert "Traceback" not in ended.out + ended.err, ended
         if ended.code == 0:  # it was done, or about to be
-            assert ended.number_in("done") == 30 and not ended.err, ended
+            assert steps_done(ended.folder) == STEPS and not ended.err, ended
             continue
         (sentence,) = ended.err.splitlines()
         assert ended.code == 75 and sentence.startswith("distca: stopped "), ended
@@ -202,13 +228,12 @@ def test_a_request_at_any_moment_to_any_processes_leaves_a_saved_run_or_none(fol
             assert not (ended.folder / "run").exists(), ended
         else:
             after += 1
-            assert ended.number_in("saved") == ended.number_in("done") > 0, ended
+            assert number_in(ended.folder / "run" / "saved") == steps_done(ended.folder) > 0, ended
     print(f"{before} stopped before step 1, {after} after a step")
 
 
 def test_a_lost_terminal_ends_nothing(folder, whole_s):
     """Whoever it was told to."""
-    draw = random.Random(2)
-    moments = [draw.uniform(0.5, whole_s) for _ in range(2)]
-    for ended in ended_at(folder, "alone", moments, [to_driver(signal.SIGHUP), to_all(signal.SIGHUP)]):
-        assert (ended.code, ended.number_in("done"), ended.err) == (0, 30, ""), ended
+    at = moments(2, 2, 0.5, whole_s)
+    for ended in ended_at(folder, "alone", at, [to_driver(signal.SIGHUP), to_all(signal.SIGHUP)]):
+        assert (ended.code, steps_done(ended.folder), ended.err) == (0, STEPS, ""), ended

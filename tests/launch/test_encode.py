@@ -1,9 +1,12 @@
 """From texts to token ids."""
 
+import gzip
 import json
+from pathlib import Path
 
 import datasets
 import huggingface_hub
+import numpy as np
 import pytest
 import tokenizers
 import transformers
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 from distca.config import DataSettings
 from distca.errors import SettingsError
+from distca.launch import encode as encode_module
 from distca.launch.data import Corpus
 from distca.launch.encode import Encoder, load_tokenizer
 from distca.launch.prepare import prepare
@@ -132,6 +136,49 @@ def test_a_text_that_the_tokenizer_fails_on_is_a_bad_document(tmp_path, caplog):
     skipping = data_settings(tmp_path / "cache", path, tokenizer=str(folder), on_bad_document="skip")
     assert stored(skipping) == [[0, 4, 1], [0, 5, 1]]
     assert "1 cannot be tokenised" in caplog.text and "1 empty" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Tokenizers as models have them: byte pairs over bytes, and sentence pieces."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = [Path(module.__file__).read_text() for module in (json, gzip)] + ["zwölf Boxkämpfer “jagen” 日本語 🙂 " * 20]
+    backends = {
+        "byte pairs": tokenizers.ByteLevelBPETokenizer(),
+        "sentence pieces": tokenizers.SentencePieceUnigramTokenizer(),
+        "pairs of pieces": tokenizers.SentencePieceBPETokenizer(),
+    }
+    for name, backend in backends.items():
+        unknown = {"unk_token": "<unk>"} if name == "sentence pieces" else {}
+        backend.train_from_iterator(text, vocab_size=800, special_tokens=["<unk>", "</s>"], **unknown)
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, eos_token="</s>")
+        fast.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["byte pairs", "sentence pieces", "pairs of pieces"])
+def test_a_long_text_has_the_same_tokens_in_parts(trained, kind, monkeypatch):
+    whole = encoder(trained / kind)
+    parts = encoder(trained / kind)
+    words = ["def ", "  ", "\n\n", "x" * 9, "日本語", "🙂", "é", "“quoted”", "import json\n", "</s>", "1234567", "\t"]
+    random = np.random.default_rng(0)
+    texts = ["".join(random.choice(words, 400)) for _ in range(20)] + [" " * 2000, "a" * 3000, "🙂" * 700]
+    expected = [ids.tolist() for ids in whole(texts)]
+    monkeypatch.setattr(encode_module, "LONG_TEXT", 500)
+    monkeypatch.setattr(encode_module, "PART", 301)
+    monkeypatch.setattr(encode_module, "OVERLAP", 128)
+    assert [ids.tolist() for ids in parts(texts)] == expected
+
+
+def test_a_tokenizer_that_would_drop_a_character_is_not_believed(tmp_path):
+    """Byte pairs without an unknown token leave out what they do not know."""
+    folder = save_tokenizer(tmp_path / "t", "pairs")
+    description = json.loads((folder / "tokenizer.json").read_text())
+    description["model"]["unk_token"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    good, bad = encoder(folder)(["w1 w2", "w1é"])
+    assert good.tolist() == [0, 4, 5, 4, 6, 1]
+    assert "has no token for 'é'" in bad.sentence
 
 
 def test_a_tokenizer_written_in_python_keeps_the_rule(tmp_path):

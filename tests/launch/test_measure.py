@@ -42,7 +42,7 @@ def test_the_command_times_the_torch_back_end_on_a_cpu(tmp_path, monkeypatch, ca
     assert table.rows == table.keys == (128, 512)
     for direction in ("forward", "backward"):
         tile = Bands.of((0, 512, 0, 512, -UNBOUNDED, UNBOUNDED))
-        seconds = getattr(table, f"{direction}_s")[1][1]
+        seconds = np.max(getattr(table, f"{direction}_s"))  # more keys never cost less, however the clock was disturbed
         assert table.cost(direction).of(tile)[0] == pytest.approx(seconds * 1e12, rel=1e-3), "planners read it"
         assert table.fit[direction].tile_s + table.fit[direction].block_s > 0
     assert set(table.speeds) >= {"a causal document", "packed documents", "a server's call as planned"}

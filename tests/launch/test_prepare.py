@@ -10,6 +10,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import transformers
@@ -181,3 +183,32 @@ def test_prepared_files_that_are_damaged_or_gone_are_refused(tmp_path):
         Corpus([folder])
     with pytest.raises(DataError, match="put `data.cache` on a file system"):
         Corpus([tmp_path / "elsewhere"])
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from documents import data_settings
+from distca.launch.prepare import prepare
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prepare(data_settings(Path(sys.argv[1]), sys.argv[2], tokenizer="bytes"), 60_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "a.txt", "a.parquet", "ids.jsonl"])
+def test_a_long_row_needs_a_few_times_its_size(tmp_path, kind):
+    text = "".join(chr(97 + number % 26) for number in range(1 << 20)) * 40
+    if kind == "ids.jsonl":
+        write_json_lines(tmp_path / kind, [{"input_ids": [*range(30_000, 40_000)] * 600}])
+    elif kind == "a.parquet":
+        pq.write_table(pa.table({"text": [text]}), tmp_path / kind, compression="none", use_dictionary=False)
+    else:
+        content = {"a.txt": text, "a.json": json.dumps([{"text": text}])}
+        (tmp_path / kind).write_text(content.get(kind) or json.dumps({"text": text}) + "\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "cache"), str(tmp_path / kind)]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=True).stdout
+    assert int(said.split()[-1]) * 1024 < 6.5 * (tmp_path / kind).stat().st_size

@@ -1,7 +1,9 @@
 """From files to documents: what is read, what is refused, and how it is said."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +12,7 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from documents import as_bytes, data_settings, refusal, stored, write_json_lines, write_parquet
 
@@ -17,6 +20,7 @@ from distca.config import DataSettings
 from distca.errors import SettingsError
 from distca.launch import encode as encode_module
 from distca.launch import prepare as prepare_module
+from distca.launch import read as read_module
 from distca.launch.data import META, Corpus
 from distca.launch.prepare import prepare
 
@@ -295,3 +299,208 @@ def test_a_cache_that_cannot_be_written_is_a_setting_to_change(tmp_path):
     path = write_json_lines(tmp_path / "a.jsonl", [{"text": "x"}])
     with pytest.raises(SettingsError, match="data.cache: cannot write"):
         prepare(data_settings(path / "cache", path), 259)
+
+
+# ---- encodings, compression, layouts ----
+
+
+@pytest.mark.parametrize("ending", ["txt", "txt.gz", "jsonl", "jsonl.gz", "json"])
+def test_a_byte_order_mark_is_not_content(tmp_path, ending):
+    content = {"txt": "ab", "jsonl": '{"text": "ab"}\n', "json": '[{"text": "ab"}]'}[ending.partition(".")[0]]
+    marked = b"\xef\xbb\xbf" + content.encode()
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(gzip.compress(marked) if ending.endswith("gz") else marked)
+    assert stored(data_settings(tmp_path / "cache", path)) == as_bytes(["ab"])
+
+
+WIDE = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "json"])
+@pytest.mark.parametrize("encoding", WIDE)
+def test_other_encodings_are_named(tmp_path, encoding, ending):
+    content = {"txt": "a few words", "jsonl": '{"text": "ab"}\n{"text": "c"}\n', "json": '[{"text": "ab"}]'}[ending]
+    (tmp_path / f"a.{ending}").write_bytes(content.encode(encoding))
+    said = refusal(data_settings(tmp_path / "cache", tmp_path / f"a.{ending}"))
+    assert f"it is {encoding[:6].upper()}; convert it" in said
+
+
+COMPRESSED = {
+    "gzip": (gzip.compress, "let its name end in .gz"),
+    "bzip2": (bz2.compress, "let its name end in .bz2"),
+    "xz": (lzma.compress, "let its name end in .xz"),
+    "Zstandard": (lambda content: pa.compress(content, "zstd", asbytes=True), "decompress it (`zstd -d`)"),
+    "ZIP": (lambda content: b"PK\x03\x04" + content, "unpack it"),
+    "parquet": (lambda content: b"PAR1" + content, "let its name end in .parquet"),
+    "arrow": (lambda content: b"ARROW1\0\0" + content, "let its name end in .arrow"),
+}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.jsonl.gz"])
+@pytest.mark.parametrize("compress, wanted", COMPRESSED.values(), ids=COMPRESSED)
+def test_what_a_file_really_is_is_said(tmp_path, compress, wanted, name):
+    content = compress(b'{"text": "ab"}\n' * 50)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert wanted in refusal(data_settings(tmp_path / "cache", tmp_path / name))
+
+
+UNREAD = ["a.jsonl.zst", "a.zst", "a.csv", "a.tsv", "a.zip", "a.tar", "a.tar.gz", "a.tgz", "a.mds", "a.npy", "a.bin"]
+
+
+@pytest.mark.parametrize("name", [*UNREAD, "a.idx", "a.h5", "a.parquet.gz", "a.csv.gz", "a.orc", "a.pkl"])
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside good files"])
+def test_data_that_is_not_read_is_refused_by_name(tmp_path, name, alone):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / name).write_bytes(b"x")
+    if not alone:
+        write_json_lines(folder / "b.jsonl", [{"text": "ab"}])
+    for place in [folder / name] if alone else [folder, f"{folder}/*"]:
+        said = refusal(data_settings(tmp_path / "cache", place))
+        assert str(folder / name) in said and "cannot be read here: " in said
+
+
+def test_other_files_of_a_folder_are_named_once(tmp_path, caplog):
+    write_json_lines(tmp_path / "data" / "b.jsonl", [{"text": "ab"}])
+    for name in ("README.md", "_SUCCESS", "deep/code.py", ".hidden"):
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_text("x")
+    (tmp_path / "elsewhere").mkdir()
+    write_json_lines(tmp_path / "elsewhere" / "c.jsonl", [{"text": "cd"}])
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "linked" / "loop").symlink_to(tmp_path / "data")
+    assert stored(data_settings(tmp_path / "cache", tmp_path / "data")) == as_bytes(["ab", "cd"])
+    assert caplog.text.count("left aside 3 that are not data by their ending") == 1
+
+
+BROKEN_JSON = {
+    "an object over several lines": ('{\n "text": "ab"\n}\n', "an object must be on one line (`jq -c .`"),
+    "an object of columns": ('{"text": ["ab", "cd"]}', "write one row per text"),
+    "columns of ids": ('{"input_ids": [[1, 2], [3]]}', "one row is one document"),
+    "a column twice": ('{"text": "ab", "text": "cd"}', "gives column `text` twice"),
+    "too deep": ('{"text": "ab", "x": ' + "[" * 200_000, "not JSON"),
+    "a number too long": ('{"input_ids": [' + "9" * 5000 + "]}", "not JSON that can be read"),
+    "two on a line": ('{"text": "ab"} {"text": "cd"}', "a line is one object"),
+}
+
+
+@pytest.mark.parametrize("content, wanted", BROKEN_JSON.values(), ids=BROKEN_JSON)
+def test_json_that_is_not_rows_gets_a_reason(tmp_path, content, wanted):
+    (tmp_path / "a.jsonl").write_text(content)
+    assert wanted in refusal(data_settings(tmp_path / "cache", tmp_path / "a.jsonl"))
+    (tmp_path / "b.json").write_text("[" + content)
+    assert str(tmp_path / "b.json") in refusal(data_settings(tmp_path / "cache", tmp_path / "b.json"))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
+def test_an_array_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, chunk):
+    texts = ["a\\\"]}é🙂", "\\u00e9\\ud83d\\ude42", "b" * 100]
+    rows = [{"text": text, "n": -1.5e-7, "t": [True, None]} for text in texts]
+    monkeypatch.setattr(read_module, "CHUNK", chunk)
+    for number, dumped in enumerate((json.dumps(rows), json.dumps(rows, indent=3, ensure_ascii=False))):
+        (tmp_path / f"{number}.json").write_text(f" \n{dumped}\n ")
+        assert stored(data_settings(tmp_path / "c", tmp_path / f"{number}.json")) == as_bytes(texts)
+        shutil.rmtree(tmp_path / "c")
+
+
+def test_the_row_named_is_the_bad_one(tmp_path):
+    good = [{"text": f"{number:03}" * 40} for number in range(300)]
+    lines = write_json_lines(tmp_path / "a.jsonl", good[:200]).read_bytes()
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines)[:-9])
+    (tmp_path / "bad.json").write_bytes(json.dumps(good[:7])[:-1].encode() + b', {"text": "\xff"}, {"text": "x"}]')
+    (tmp_path / "bad.jsonl").write_bytes(lines + b'{"text": "\xff"}\n' + lines)
+    kept = [gzip.compress(lines)[:-9], 200]
+    for name, row in (("bad.json", 7), ("bad.jsonl", 200)):
+        assert f"row {row} (counted" in refusal(data_settings(tmp_path / "cache", tmp_path / name)), name
+    skipping = data_settings(tmp_path / "cache", tmp_path / "cut.jsonl.gz", on_bad_document="skip")
+    found = len(stored(skipping))
+    assert f"row {found} (counted" in refusal(data_settings(tmp_path / "other", tmp_path / "cut.jsonl.gz"))
+    assert found >= kept[1] - 80  # a decompressor works in blocks
+
+
+def test_a_damaged_page_loses_its_row_group_and_no_more(tmp_path, caplog):
+    texts = [f"{number:05}" for number in range(300)]
+    table = pa.table({"text": texts})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=100, compression="zstd", write_page_checksum=True)
+    meta = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(1).column(0)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[meta.data_page_offset + meta.total_compressed_size // 2] ^= 0xFF
+    (tmp_path / "a.parquet").write_bytes(content)
+    said = refusal(data_settings(tmp_path / "cache", tmp_path / "a.parquet"))
+    assert "row 100 (counted from 0): cannot be read" in said and "rows 100 to 199" in said
+    skipping = data_settings(tmp_path / "cache", tmp_path / "a.parquet", on_bad_document="skip")
+    assert stored(skipping) == as_bytes(texts[:100] + texts[200:])
+
+
+def test_a_row_group_that_has_fewer_rows_than_it_says_is_damaged(tmp_path, monkeypatch):
+    """pyarrow then gives the other groups' rows and says nothing."""
+    pq.write_table(pa.table({"text": list("abcde")}), tmp_path / "a.parquet", row_group_size=1)
+    whole = pq.ParquetFile.iter_batches
+
+    def without_c(table, batch_size, row_groups, **options):
+        return whole(table, batch_size, [group for group in row_groups if group != 2], **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", without_c)
+    assert "row 2 (counted from 0)" in refusal(data_settings(tmp_path / "cache", tmp_path / "a.parquet"))
+    skipping = data_settings(tmp_path / "cache", tmp_path / "a.parquet", on_bad_document="skip")
+    assert stored(skipping) == as_bytes("abde")
+
+
+def test_shards_without_rows_are_said_and_a_source_of_them_is_refused(tmp_path, caplog):
+    folder = tmp_path / "data"
+    empty = pa.table({"text": pa.array([], pa.string())})
+    contents = {"a.parquet": empty, "a.arrow": empty, "a.jsonl": "", "a.json": " [ ] ", "b.jsonl": "\n \n"}
+    for name, content in contents.items():
+        place = folder / name.partition(".")[2]
+        place.mkdir(parents=True, exist_ok=True)
+        if name.endswith("parquet"):
+            pq.write_table(content, place / name)
+        elif name.endswith("arrow"):
+            with pa.ipc.new_file(place / name, content.schema) as writer:
+                writer.write_table(content)
+        else:
+            (place / name).write_text(content)
+    for place in sorted(folder.iterdir()):
+        assert "no document to train on: there are no rows" in refusal(data_settings(tmp_path / "none", place))
+        write_good_file(place / f"z.{place.name}")
+        caplog.clear()
+        assert stored(data_settings(tmp_path / "cache", place)) == as_bytes("x")
+        assert "without rows" in caplog.text and str(place) in caplog.text
+
+
+def test_what_save_to_disk_wrote_is_read_by_its_own_list(tmp_path):
+    data = datasets.Dataset.from_dict({"text": ["ab", "cd"]})
+    data.save_to_disk(str(tmp_path / "saved"))
+    shutil.copy(next((tmp_path / "saved").glob("*.arrow")), tmp_path / "saved" / "cache-123.arrow")
+    assert stored(data_settings(tmp_path / "cache", tmp_path / "saved")) == as_bytes(["ab", "cd"])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"subset": "x"}, {"revision": "x"}, {"column": "x"}, {"ignore_columns": ["x"]}, {"split": "test"}],
+    ids=str,
+)
+def test_settings_without_a_meaning_to_the_files_are_refused(tmp_path, setting):
+    (tmp_path / "a.txt").write_text("x")
+    source = {"path": str(tmp_path / "a.txt"), **setting}
+    assert next(iter(setting)) in refusal(DataSettings(sources=[source], cache=tmp_path / "cache"))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    assert "not an ordinary file" in refusal(data_settings(tmp_path / "cache", tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet", "arrow"])
+def test_names_of_files_need_not_be_text(tmp_path, ending):
+    folder = tmp_path / "data" / os.fsdecode(b"\xff\xe9")
+    folder.mkdir(parents=True)
+    write_good_file(tmp_path / f"a.{ending}")
+    (tmp_path / f"a.{ending}").rename(folder / os.fsdecode(b"\xff." + ending.encode()))
+    assert stored(data_settings(tmp_path / "cache", tmp_path / "data")) == as_bytes("x")
+    next(folder.iterdir()).write_bytes(b"\xff")
+    assert r"\xff\xe9" in refusal(data_settings(tmp_path / "other", tmp_path / "data"))
+
+
+def test_a_home_that_nobody_has_is_not_found(tmp_path):
+    assert "no such file or folder" in refusal(data_settings(tmp_path / "cache", "~nobody-at-all/data"))

@@ -41,6 +41,10 @@ try:
                 say("held"); time.sleep(1)
                 say("whole")
             time.sleep(1000)
+        if sys.argv[1] == "hangs":
+            stop.PATIENCE_S = 1.0
+            with stop.held():
+                say("hangs"); time.sleep(1000)
         asked = stop.finishing()
         say("finish")
         wait_for(asked.is_set)
@@ -105,6 +109,12 @@ def test_what_is_held_is_whole_before_a_request_is_heard(command):
     running = command("held")
     running.process.terminate()
     assert running.end() == (75, ["whole", "interrupted before"], "")
+
+
+def test_what_hangs_is_not_held_for_ever(command):
+    running = command("hangs")
+    running.process.terminate()
+    assert running.end() == (75, ["interrupted before"], "")
 
 
 @pytest.mark.parametrize("number", ASKING)

@@ -545,10 +545,9 @@ def test_what_looks_local_is_never_asked_for_on_the_hub(tmp_path, monkeypatch, p
     [
         (dict(config=dict(model_type="llama"), revision="main"), "leave it out"),
         (dict(path="./model", revision="main"), "leave it out"),
-        (dict(path=""), "is empty"),
+        (dict(path=""), "at least 1 character"),
         (dict(path="owner/model", revision=" "), "is empty"),
         (dict(path="owner/model", config=dict(model_type="llama")), "not both"),
-        (dict(path="", config=dict(model_type="llama")), "not both"),
         (dict(config={}), "needs `model_type`"),
     ],
 )
