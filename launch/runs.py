@@ -152,10 +152,11 @@ def known_documents(documents: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def kept_documents(settings: RunSettings, checkpoint: Published) -> tuple[Path, ...] | None:
-    """The checkpoint's documents as they were prepared before, where all of them are still there."""
-    noted = checkpoint.facts["documents"]
-    found = [find_prepared(settings.data.cache, document["identity"]) for document in noted]
-    return tuple(found) if len(noted) == len(settings.data.sources) and all(found) else None
+    """The checkpoint's documents as they were prepared before, where all of them are still there and no others, nor
+    another way to read them, are asked for."""
+    asked = differences(checkpoint.facts["settings"]["data"], settings.model_dump(mode="json")["data"])
+    found = [find_prepared(settings.data.cache, document["identity"]) for document in checkpoint.facts["documents"]]
+    return tuple(found) if all(found) and all(name == "cache" for name, _, _ in asked) else None
 
 
 def refuse_other_documents(settings: RunSettings, documents: Sequence[Path], checkpoint: Published) -> None:

@@ -100,7 +100,7 @@ def resume(folder: Path, overrides: list[str], console: Console, insecure: bool 
         )
     settings = with_kernel_times(settings, folder)
     working = with_own_model(settings, folder, checkpoint)
-    documents = _prepare(with_own_tokenizer(settings, folder), _check(working), console, checkpoint)
+    documents = _prepare_again(settings, folder, _check(working), console, checkpoint)
     console.print(f"[bold]resuming[/] {escape(str(folder))} after step {checkpoint.step}", highlight=False)
     for change in changes:
         console.print(f"[bold]changed[/]  {escape(change)}, from step {checkpoint.step + 1} on", highlight=False)
@@ -433,25 +433,30 @@ def _check(settings: RunSettings) -> PretrainedConfig:
     return config
 
 
-def _prepare(
-    settings: RunSettings, config: PretrainedConfig, console: Console, checkpoint: Published | None = None
-) -> tuple[Path, ...]:
-    """The run's documents; with a checkpoint, the ones that it was made with, wherever the files lie by now."""
+def _prepare(settings: RunSettings, config: PretrainedConfig, console: Console) -> tuple[Path, ...]:
+    """The run's documents."""
     with console.status("preparing documents"):
-        try:
-            documents = prepare(settings.data, config.vocab_size, settings.model.path, settings.model.revision)
-        except (DataError, SettingsError) as error:
-            kept = checkpoint and kept_documents(settings, checkpoint)
-            if not kept:
-                raise
-            logger.warning("%s; going on with the documents as they were prepared before", error)
-            return kept
-    if checkpoint:
-        refuse_other_documents(settings, documents, checkpoint)
+        documents = prepare(settings.data, config.vocab_size, settings.model.path, settings.model.revision)
     longest = max(int(lengths.max()) for lengths in Corpus(documents).lengths)
     limit = min(settings.data.max_document_tokens or longest, settings.tokens_per_micro_batch)
     if sentence := position_warning(config, min(longest, limit)):
         logger.warning(sentence)
+    return documents
+
+
+def _prepare_again(
+    settings: RunSettings, folder: Path, config: PretrainedConfig, console: Console, checkpoint: Published
+) -> tuple[Path, ...]:
+    """The documents that a checkpoint was made with, wherever their files and their tokenizer lie by now."""
+    try:
+        documents = _prepare(with_own_tokenizer(settings, folder), config, console)
+    except (DataError, SettingsError) as error:
+        kept = kept_documents(settings, checkpoint)
+        if not kept:
+            raise
+        logger.warning("%s; going on with the documents as they were prepared before", error)
+        return kept
+    refuse_other_documents(settings, documents, checkpoint)
     return documents
 
 

@@ -140,8 +140,11 @@ class Engine:
         with _weights_only(), _without_magic(folder) as plain:
             path, _ = self.deepspeed.load_checkpoint(str(plain), tag=TAG)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+        # a checkpoint brings the optimizer's state, the settings its numbers
         for group, values in zip(self.deepspeed.optimizer.param_groups, asked, strict=True):
-            group.update(values)  # a checkpoint brings the optimizer's state, the settings its numbers
+            group.update(values)
+        if self._settings.parallel.zero_stage:
+            self.deepspeed.optimizer.clip_grad = self._settings.train.clip_grad_norm
 
 
 class PlainEngine:

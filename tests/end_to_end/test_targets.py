@@ -243,16 +243,20 @@ def test_verify_mixes_sources_with_labels_and_without(tmp_path, precision):
     assert result.passed and result.step == 1, f"{result.parameters[0]}, loss off by {result.loss_error:.2e}"
 
 
-@pytest.mark.parametrize(("zero_stage", "name"), [(0, "linear"), (1, "cosine"), (3, "linear")])
-def test_a_finished_run_that_is_extended_uses_the_rates_of_the_longer_run(tmp_path, zero_stage, name):
+@pytest.mark.parametrize(("zero_stage", "name"), [(0, "linear"), (1, "cosine"), (2, "cosine"), (3, "linear")])
+def test_a_run_that_is_extended_uses_the_rates_of_the_longer_run_and_the_numbers_asked_for(tmp_path, zero_stage, name):
     def settings(steps):
-        train = dict(steps=steps, schedule=dict(name=name, warmup_steps=1))
+        """The longer run also clips, decays and averages otherwise."""
+        others = dict(beta1=0.8, beta2=0.9, weight_decay=0.5) if steps > 2 else {}
+        train = dict(steps=steps, schedule=dict(name=name, warmup_steps=1), clip_grad_norm=0.05 if others else 0.5)
+        train["optimizer"] = dict(learning_rate=1e-2, eps=1e-3, **others)
         return settings_of(tmp_path, train=train, trainers=2, zero_stage=zero_stage)
 
     oracle, rates = Oracle(settings(2)), []
     before, masked = oracle.weights(), Masked(tmp_path, settings(2))
     cursor = Cursor()
     for done, steps in ((0, 2), (2, 6)):
+        oracle.go_by(settings(steps))
         with Team(settings(steps), documents=masked.folders) as team:
             if done:
                 team.ask(team.trainers, "load", tmp_path / "2")

@@ -254,6 +254,8 @@ def test_documents_whose_files_are_gone_are_found_as_they_were_prepared(tmp_path
     checkpoint = checkpoint_of(settings, documents=known_documents(documents))
     (tmp_path / "a" / "documents.jsonl").unlink()
     assert kept_documents(settings, checkpoint) == documents
+    for change in (dict(append_eos=False), dict(sources=[dict(path=str(tmp_path / "none.jsonl"))])):
+        assert kept_documents(make_settings(tmp_path / "a", [50, 7], data=change), checkpoint) is None
     gone = json.loads(json.dumps(checkpoint.facts))
     gone["documents"][0]["identity"] = "0" * 32
     assert kept_documents(settings, checkpoint_of(settings, documents=gone["documents"])) is None

@@ -22,13 +22,16 @@ class Oracle:
         config = AutoConfig.for_model(**settings.model.config)
         self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").to(dtype)
         self._exactly = Fp64Throughout if dtype == torch.float64 else nullcontext
-        self._clip, o = settings.train.clip_grad_norm, settings.train.optimizer
         weights = list(self.model.parameters())
-        groups = [
-            dict(params=[w for w in weights if w.dim() >= 2], weight_decay=o.weight_decay),
-            dict(params=[w for w in weights if w.dim() < 2], weight_decay=0.0),
-        ]
-        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps)
+        matrices, vectors = [w for w in weights if w.dim() >= 2], [w for w in weights if w.dim() < 2]
+        self._optimizer = torch.optim.AdamW([dict(params=matrices), dict(params=vectors)], lr=0.0)
+        self.go_by(settings)
+
+    def go_by(self, settings: RunSettings) -> None:
+        """Take the settings' numbers from here on."""
+        self._clip, o = settings.train.clip_grad_norm, settings.train.optimizer
+        for group, weight_decay in zip(self._optimizer.param_groups, (o.weight_decay, 0.0), strict=True):
+            group.update(betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=weight_decay)
 
     def gradients(self, documents: Step) -> tuple[float, dict[str, torch.Tensor]]:
         """The mean loss over the documents' targets and its gradients."""
