@@ -422,8 +422,12 @@ def _parse(text: str) -> Any:
         values = yaml.load(text, _Loader)
         json.dumps(values, default=str, skipkeys=True)  # refuses what holds itself by an anchor
         return values
+    except yaml.MarkedYAMLError as error:
+        at = error.problem_mark or error.context_mark
+        where = f"line {at.line + 1}, column {at.column + 1}: " if at else ""
+        raise ValueError(f"{where}{error.problem or error.context}") from None
     except (yaml.YAMLError, RecursionError, OverflowError) as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def study_settings(overrides: Sequence[str]) -> StudySettings:

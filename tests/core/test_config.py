@@ -124,6 +124,23 @@ def test_a_run_file_that_cannot_be_read_is_refused(tmp_path):
             load_settings(tmp_path / "bad.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("train:\n  steps: 3\n  steps: 4\n", "line 3, column 3: 'steps' is given twice"),
+        ("model:\n  config: &a {b: *a}\n", "Circular reference"),
+        ("name: 2001-13-45\n", "month must be in 1..12"),
+        ("[" * 5000, "recursion"),
+        ("a: [", "line 1, column 5: "),
+    ],
+)
+def test_what_nobody_means_is_no_run_file(tmp_path, text, sentence):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SettingsError, match="not a YAML file") as caught:
+        load_settings(tmp_path / "run.yaml")
+    assert sentence in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
 # ---- tokens ----
 
 
