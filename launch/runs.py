@@ -50,7 +50,10 @@ BOUND = (
 )
 """What a checkpoint's files, or its place in the data, have a meaning under. The model and the documents are compared
 by their content; everything else may change at a resume."""
-ELSEWHERE = ("model.*", "data.cache", "data.tokenizer*", "data.sources.*.path", "planner.cost", "monitor.*")
+ELSEWHERE = (
+    *("model.path", "model.revision", "model.config*", "data.cache", "data.tokenizer*", "data.sources.*.path"),
+    *("planner.cost", "monitor.*"),
+)
 """Where things are, or what is compared by content: nothing to be said of it."""
 
 
@@ -244,6 +247,8 @@ def with_own_model(settings: RunSettings, folder: Path, checkpoint: Published) -
         wrong = [f"{name}: {old} (asked for {new})" for name, old, new in changed]
         if wrong:
             raise SettingsError(f"{checkpoint.path} is of another model: {', '.join(wrong)}")
+        if asked.path is not None:
+            logger.info("%s: the run's own model; its weights are those of %s", asked.path, checkpoint.path)
     model = ModelSettings(config=own, activation_checkpointing=asked.activation_checkpointing)
     return settings.model_copy(update={"model": model})
 

@@ -181,6 +181,9 @@ def test_where_things_are_is_no_change(tmp_path):
     values["data"]["cache"], values["monitor"]["folder"] = "/elsewhere", "/other"
     values["data"]["sources"][0]["path"] = "/moved/documents.jsonl"
     assert changes_since(checkpoint_of(before), validate_settings(values)) == []
+    values["model"]["activation_checkpointing"] = True
+    said = ["model.activation_checkpointing False → True"]
+    assert changes_since(checkpoint_of(before), validate_settings(values)) == said
 
 
 # ---- documents, known by their content ----
@@ -290,7 +293,8 @@ def test_a_run_keeps_the_whole_configuration_and_goes_on_without_the_models_fold
     assert (run / MODEL / "generation_config.json").read_text() == generation
 
 
-def test_another_place_of_the_same_model_is_the_same_and_another_model_is_named_by_its_keys(tmp_path):
+def test_another_place_of_the_same_model_is_the_same_and_another_model_is_named_by_its_keys(tmp_path, caplog):
+    caplog.set_level("INFO")
     settings = make_settings(tmp_path, [50])
     run, checkpoint = run_of(tmp_path, settings), checkpoint_of(settings)
     copied, other = tmp_path / "copied", tmp_path / "other"
@@ -303,5 +307,6 @@ def test_another_place_of_the_same_model_is_the_same_and_another_model_is_named_
         )
 
     assert with_own_model(asked_for(copied), run, checkpoint).model.config == read_own_config(run)
+    assert f"{copied}: the run's own model; its weights are those of {checkpoint.path}" in caplog.text
     with pytest.raises(SettingsError, match=r"is of another model: intermediate_size: 96 \(asked for 80\)$"):
         with_own_model(asked_for(other), run, checkpoint)
