@@ -31,7 +31,7 @@ from distca.metrics import bytes_text
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"  # holds the name of the newest, for people and other tools; `newest` looks for itself
 ALMOST_FULL_BYTES = 1 << 20  # a library may report a full disk as any error; with less than this left, it was that

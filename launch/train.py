@@ -7,6 +7,7 @@ optimizer step, report it, and publish checkpoints. Readable top to bottom: `tra
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import shlex
 import shutil
@@ -76,6 +77,7 @@ def train(settings: RunSettings, console: Console, insecure: bool = False) -> Pa
     settings = absolute_paths(settings)
     refuse_precision(settings)
     config = _check(settings)
+    _refuse_folder(settings.monitor.folder)
     documents = _prepare(settings, config, console)
     first_step_with_targets(settings, documents)  # refused before anything is started
     with _new_folder(settings) as folder:
@@ -492,11 +494,18 @@ def _go_on(folder: Path) -> str:
     return f"distca resume {shlex.quote(str(folder))}"
 
 
+def _refuse_folder(folder: Path) -> None:
+    """Raise where no run's folder can be made, before the work that it would be for."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise SettingsError(f"monitor.folder: cannot make {folder}: {there} is no folder that can be written to")
+
+
 def _make_folder(settings: RunSettings, prefix: str) -> Path:
     """Named after the run and its start, with a number where that is taken."""
     start = f"{prefix}{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(1, 1000):
-        folder = settings.monitor.folder.expanduser() / (start if attempt == 1 else f"{start}-{attempt}")
+        folder = settings.monitor.folder / (start if attempt == 1 else f"{start}-{attempt}")
         try:
             folder.mkdir(parents=True)
             return folder

@@ -141,10 +141,10 @@ def test_what_a_run_went_back_behind_is_not_kept_in_place_of_what_it_made_since(
 
 
 def test_a_future_format_is_not_guessed_at(tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "FORMAT", 2)
+    monkeypatch.setattr(publish, "FORMAT", publish.FORMAT + 1)
     path = put(tmp_path, 1)
     monkeypatch.undo()
-    with pytest.raises(BrokenCheckpoint, match="format 2, this version of DistCA reads format 1"):
+    with pytest.raises(BrokenCheckpoint, match="format 3, this version of DistCA reads format 2"):
         verify(path)
 
 
