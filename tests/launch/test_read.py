@@ -504,3 +504,14 @@ def test_names_of_files_need_not_be_text(tmp_path, ending):
 
 def test_a_home_that_nobody_has_is_not_found(tmp_path):
     assert "no such file or folder" in refusal(data_settings(tmp_path / "cache", "~nobody-at-all/data"))
+
+
+def test_lists_without_images_and_texts_as_bytes_in_a_table(tmp_path):
+    image = pa.struct([("bytes", pa.binary())])
+    table = pa.table({"text": ["ab", "cd"], "images": pa.array([[], None], pa.list_(image))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert stored(data_settings(tmp_path / "cache", tmp_path / "a.parquet")) == as_bytes(["ab", "cd"])
+    pq.write_table(pa.table({"text": [b"ab"]}), tmp_path / "b.parquet")
+    assert "store it as a string of UTF-8" in refusal(data_settings(tmp_path / "cache", tmp_path / "b.parquet"))
+    pq.write_table(pa.table({"text": ["ab"], "images": pa.array([[{"bytes": b"x"}]])}), tmp_path / "c.parquet")
+    assert "column `images`" in refusal(data_settings(tmp_path / "cache", tmp_path / "c.parquet"))
