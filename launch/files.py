@@ -12,6 +12,7 @@ import json
 import logging
 import lzma
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ _UNREAD = {  # endings of data that is not read here, and what to do
 }
 _REMEDIES = {ending: remedy for endings, remedy in _UNREAD.items() for ending in endings.split()}
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_SPLITS = dict.fromkeys(("valid", "val", "dev"), "validation")
 NO_ROWS = Problem("without rows", "has no rows")
 
 
@@ -127,13 +129,18 @@ def _folder_files(name: str, source: SourceSettings, folder: Path) -> list[DataF
         elif (remedy := _remedy(file)) and (
             source.format == "auto" or _ending_format(file.with_suffix("")) == source.format
         ):
-            raise DataError(f"{name}: file {file} cannot be read here: {remedy}, or move it out of the folder")
+            aside_too = "set `format`, which leaves other files aside, or " if source.format == "auto" else ""
+            raise DataError(
+                f"{name}: file {file} cannot be read here: {remedy}, or {aside_too}move it out of the folder"
+            )
         else:
             aside.append(file)
     if not files:
         what = "json, parquet, arrow or text" if source.format == "auto" else source.format
-        raise DataError(f"{name}: there is no {what} file in {folder}")
+        hint = f"; of other files say what they are: `path: {folder}/*` with `format`" if aside else ""
+        raise DataError(f"{name}: there is no {what} file in {folder}, by its ending{hint}")
     _say_aside(name, aside)
+    _say_splits(name, files)
     return files
 
 
@@ -166,14 +173,39 @@ def _raise(error: OSError) -> None:
 
 
 def _glob_files(name: str, source: SourceSettings, pattern: Path) -> list[DataFile]:
-    matches = [Path(match) for match in sorted(glob.glob(str(pattern), recursive=True))]
+    matches = [Path(match) for match in sorted(glob.glob(_escaped(pattern), recursive=True))]
     files = [match for match in matches if not match.is_dir()]
     if not files:
         raise DataError(f"{name}: no file matches; the pattern is looked up in {Path.cwd()}")
     if "**" not in source.path:  # which matches folders on its way
         _say_aside(name, [match for match in matches if match.is_dir()])
     root = Path(os.path.commonpath([file.parent for file in files]))
-    return [DataFile(file, str(file.relative_to(root)), _format(file, source)) for file in files]
+    found = [DataFile(file, str(file.relative_to(root)), _format(file, source)) for file in files]
+    _say_splits(name, found)
+    return found
+
+
+def _escaped(pattern: Path) -> str:
+    """With the folders that are there taken by their names, also if these look like patterns: `run [1]/*.jsonl`."""
+    there = next((folder for folder in pattern.parents if folder.is_dir()), Path())
+    return str(Path(glob.escape(str(there)), pattern.relative_to(there)))
+
+
+def _say_splits(name: str, files: Sequence[DataFile]) -> None:
+    """A folder's files are all trained on, which who has a data set's test split in it may not want."""
+    found: dict[str, str] = {}
+    for file in files:
+        for part in Path(file.name).parts:
+            if word := re.match(r"(train|test|validation|valid|val|dev|eval)(?![^\W\d_])", part.lower()):
+                found.setdefault(_SPLITS.get(word[1], word[1]), file.name)
+    if len(found) > 1:
+        examples = ", ".join(map(repr, found.values()))
+        logger.warning(
+            "%s: by their names there are several splits (%s), and all are trained on; name one's files if that is not "
+            "meant",
+            name,
+            examples,
+        )
 
 
 def _say_aside(name: str, aside: list[Path]) -> None:
