@@ -29,6 +29,7 @@ from distca.launch.encode import Encoder
 from distca.launch.files import NO_ROWS, DataFile, Found, find_files, shown
 from distca.launch.identity import (
     FORMAT_VERSION,
+    UNREADABLE,
     digests_of,
     find_prepared,
     identity,
@@ -72,6 +73,8 @@ def _prepare_source(settings: DataSettings, number: int, encoder: Encoder, token
     except OSError as error:
         raise DataError(f"{name}: cannot be looked up: {error.strerror or error}: {error.filename}") from error
     known = None if files is None or digests is None else list(zip(files, digests, strict=True))
+    if source.path != "python-stdlib":
+        _say_twins(name, known or [])
     own = identity(settings, source, known, tokenizer, vocab_size)
     folder = cache / own
     try:
@@ -96,6 +99,20 @@ def _describe(name: str, folder: Path) -> None:
         logger.warning("%s: not trained on: columns %s", name, _few(meta["unused"], "`{}`"))
     if meta["without_rows"]:
         logger.warning("%s: without rows: %s", name, _few(meta["without_rows"]))
+
+
+def _say_twins(name: str, known: list[tuple[DataFile, str]]) -> None:
+    """What lies there twice, as a link or packed and unpacked, is trained on twice."""
+    names: dict[str, str] = {}
+    twins = []
+    for file, digest in known:
+        unpacked = file.name[: len(file.name) - len(file.compression)] if file.compression else file.name
+        keys = {f"name {unpacked}"} | ({digest} if digest != UNREADABLE and file.path.stat().st_size else set())
+        other = next((names[key] for key in keys if key in names), None)
+        twins += [f"{other!r} and {file.name!r}"] if other is not None else []
+        names |= dict.fromkeys(keys - names.keys(), file.name)
+    if twins:
+        logger.warning("%s: looks to be the same twice, and is trained on twice: %s", name, _few(twins))
 
 
 def _few(names: list[str], form: str = "{}") -> str:

@@ -1,5 +1,6 @@
 """Prepared documents: by what they are known, found again, and made by several at once."""
 
+import gzip
 import json
 import os
 import shutil
@@ -212,3 +213,17 @@ def test_a_long_row_needs_a_few_times_its_size(tmp_path, kind):
     command = [sys.executable, "-c", PEAK, str(tmp_path / "cache"), str(tmp_path / kind)]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=True).stdout
     assert int(said.split()[-1]) * 1024 < 6.5 * (tmp_path / kind).stat().st_size
+
+
+def test_what_lies_there_twice_is_said(tmp_path, caplog):
+    folder = tmp_path / "data"
+    path = write_json_lines(folder / "a.jsonl", [{"text": "a"}])
+    write_json_lines(folder / "b.jsonl", [{"text": "b"}])
+    (folder / "empty.jsonl").touch()
+    (folder / "none.jsonl").touch()
+    prepare(data_settings(tmp_path / "cache", folder), 259)
+    assert "trained on twice" not in caplog.text
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    (folder / "c.jsonl").symlink_to("b.jsonl")
+    prepare(data_settings(tmp_path / "cache", folder), 259)
+    assert "trained on twice: 'a.jsonl' and 'a.jsonl.gz', 'b.jsonl' and 'c.jsonl'" in caplog.text
