@@ -227,3 +227,13 @@ def test_what_lies_there_twice_is_said(tmp_path, caplog):
     (folder / "c.jsonl").symlink_to("b.jsonl")
     prepare(data_settings(tmp_path / "cache", folder), 259)
     assert "trained on twice: 'a.jsonl' and 'a.jsonl.gz', 'b.jsonl' and 'c.jsonl'" in caplog.text
+
+
+def test_a_damaged_description_is_made_again_once_its_folder_is_deleted(tmp_path):
+    settings = data_settings(tmp_path / "cache", write_json_lines(tmp_path / "a.jsonl", [{"text": "a"}]))
+    (folder,) = prepare(settings, 259)
+    (folder / META).write_text("{")
+    with pytest.raises(DataError, match="delete the folder"):
+        prepare(settings, 259)
+    shutil.rmtree(folder)
+    assert prepare(settings, 259) == (folder,)
