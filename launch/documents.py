@@ -188,7 +188,8 @@ def _document_column(
             return _question(
                 f"holds a conversation in {_listed(chats)}, and chat templates are not applied yet. Apply the "
                 "tokenizer's before (`apply_chat_template(…, return_dict=True, return_assistant_tokens_mask=True)`) "
-                "and store what it gives as `input_ids` with `assistant_masks`"
+                "and store what it gives as `input_ids` with `assistant_masks`; or, where a column is plain text, set "
+                "`column` to it"
             )
         if pairs:
             return _question(
@@ -362,6 +363,16 @@ def _labels(ids: np.ndarray, labels: list[np.ndarray], masks: list[np.ndarray]) 
     for mask in masks:
         result = np.where(mask, result.astype(np.int64), NO_TARGET)
     return None if result is ids or np.array_equal(result, ids) else result.astype(np.int64)
+
+
+def are_shifted(ids: np.ndarray, labels: np.ndarray) -> bool:
+    """Is every label the next token, and not the token itself? A few may be by chance."""
+    targets = np.flatnonzero(labels[:-1] != NO_TARGET)
+    return (
+        len(targets) > 3
+        and np.array_equal(labels[targets], ids[targets + 1])
+        and not np.array_equal(labels[targets], ids[targets])
+    )
 
 
 def _not_per_token(name: str, value: Any, integers: bool) -> Problem:

@@ -75,8 +75,8 @@ def shown(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def find_files(name: str, source: SourceSettings) -> list[DataFile] | None:
-    """A source's files in a fixed order; None for a data set on the hub."""
+def find_files(name: str, source: SourceSettings, cache: Path | None = None) -> list[DataFile] | None:
+    """A source's files in a fixed order; None for a data set on the hub. What lies in `cache` is none of them."""
     if source.path == "python-stdlib":
         _refuse_settings(name, source, "the standard library", ("subset", "revision", "column", "ignore_columns"))
         return _library_files(name)
@@ -84,7 +84,7 @@ def find_files(name: str, source: SourceSettings) -> list[DataFile] | None:
     if source.format == "hub":
         return None
     if path.is_dir():
-        files = _folder_files(name, source, path)
+        files = _folder_files(name, source, path, cache)
     elif path.exists() or path.is_symlink():
         files = [DataFile(path, path.name, _format(path, source))]
     elif glob.has_magic(source.path):
@@ -112,7 +112,7 @@ def _refuse_settings(name: str, source: SourceSettings, what: str, settings: Seq
             raise DataError(f"{name}: `{setting}` has no meaning to {what}; leave it out")
 
 
-def _folder_files(name: str, source: SourceSettings, folder: Path) -> list[DataFile]:
+def _folder_files(name: str, source: SourceSettings, folder: Path, cache: Path | None) -> list[DataFile]:
     """All files of the wanted format below a folder; of several splits that `save_to_disk` wrote, the wanted one."""
     if (folder / "dataset_dict.json").exists():
         folder = folder / source.split
@@ -121,7 +121,7 @@ def _folder_files(name: str, source: SourceSettings, folder: Path) -> list[DataF
     if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
         return _saved_files(name, folder)
     files, aside = [], []
-    for file in _walk(folder):
+    for file in _walk(folder, cache):
         if (format := _ending_format(file)) and source.format in ("auto", format) or source.format == "text":
             files.append(
                 DataFile(file, str(file.relative_to(folder)), source.format if source.format != "auto" else format)
@@ -156,12 +156,13 @@ def _saved_files(name: str, folder: Path) -> list[DataFile]:
         ) from error
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, cache: Path | None) -> Iterator[Path]:
     """Files below a folder in the order of their paths, through links to folders too; hidden ones are left aside."""
-    found, seen = [], set()
+    found: list[Path] = []
+    seen = {os.path.realpath(cache)} if cache else set()
     for here, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         real = os.path.realpath(here)
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
             found += [Path(here, name) for name in files if not name.startswith(".")]
         seen.add(real)

@@ -24,7 +24,7 @@ import numpy as np
 from distca.config import DataSettings, SourceSettings
 from distca.errors import DataError, SettingsError
 from distca.launch.data import LABELS, LENGTHS, META, NO_TARGET, STARTS, TARGETS, TOKENS, read_meta
-from distca.launch.documents import EMPTY, Problem
+from distca.launch.documents import EMPTY, Problem, are_shifted
 from distca.launch.encode import Encoder
 from distca.launch.files import NO_ROWS, DataFile, Found, find_files, shown
 from distca.launch.identity import (
@@ -68,7 +68,9 @@ def _prepare_source(settings: DataSettings, number: int, encoder: Encoder, token
     name = f"data.sources[{number}] ({source.path})"
     cache = expanded(settings.cache)
     try:
-        files = find_files(name, source)
+        if expanded(source.path).is_dir() and os.path.realpath(cache) == os.path.realpath(expanded(source.path)):
+            raise SettingsError(f"data.cache: {cache} is the folder of {name}; give prepared documents their own")
+        files = find_files(name, source, cache)
         digests = None if files is None else digests_of([file.path for file in files], cache)
     except OSError as error:
         raise DataError(f"{name}: cannot be looked up: {error.strerror or error}: {error.filename}") from error
@@ -97,6 +99,13 @@ def _describe(name: str, folder: Path) -> None:
         logger.warning("%s: left out %s", name, _summary(meta["left_out"]))
     if meta["unused"]:
         logger.warning("%s: not trained on: columns %s", name, _few(meta["unused"], "`{}`"))
+    if meta.get("shifted"):
+        logger.warning(
+            "%s: the labels of %d documents are the next tokens, as if they had been shifted. Here a token's label is the "
+            "token itself: the model would learn to predict the token after the next one",
+            name,
+            meta["shifted"],
+        )
     if meta["without_rows"]:
         logger.warning("%s: without rows: %s", name, _few(meta["without_rows"]))
 
@@ -183,6 +192,7 @@ def _store_documents(
             if problem:
                 seen.refuse(found.place, problem)
             else:
+                seen.shifted += labels is not None and are_shifted(document, labels)
                 good.append((document, labels))
         store.append(good)
         if time.monotonic() - said > PROGRESS_S:
@@ -236,6 +246,7 @@ class _Seen:
         self._without_rows: list[str] = []
         self._is_text = False
         self.left_out: dict[str, list] = {}
+        self.shifted = 0  # documents whose labels seem to be
 
     def is_document(self, found: Found) -> bool:
         document = found.content
@@ -289,7 +300,7 @@ class _Seen:
 
     def facts(self) -> dict:
         found = {"text": self._is_text, "unused": list(self._unused), "without_rows": self._without_rows}
-        return {"left_out": self.left_out, **found}
+        return {"left_out": self.left_out, "shifted": self.shifted, **found}
 
 
 def _summary(left_out: dict[str, list]) -> str:

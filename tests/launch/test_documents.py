@@ -339,3 +339,15 @@ def test_a_column_to_ignore_that_no_document_has_is_a_mistake(tmp_path):
     source = {"path": str(path), "ignore_columns": ["ulr"]}
     said = refusal(DataSettings(sources=[source], cache=tmp_path / "cache"))
     assert "`ulr`, which no document has" in said and "`url`" in said
+
+
+def test_labels_that_were_shifted_are_noticed(tmp_path, caplog):
+    ids = [5, 6, 7, 8, 9, 10]
+    path = write_json_lines(tmp_path / "a.jsonl", [{"input_ids": ids, "labels": [*ids[1:], NO_TARGET]}] * 3)
+    stored(data_settings(tmp_path / "cache", path))
+    assert "the labels of 3 documents are the next tokens" in caplog.text
+    caplog.clear()
+    same = [5] * 6
+    rows = [{"input_ids": ids, "labels": [NO_TARGET, *ids[1:]]}, {"input_ids": same, "labels": [NO_TARGET, *same[1:]]}]
+    stored(data_settings(tmp_path / "cache", write_json_lines(tmp_path / "b.jsonl", rows)))
+    assert "next tokens" not in caplog.text

@@ -531,7 +531,7 @@ def test_splits_in_one_folder_are_said(tmp_path, caplog):
     assert "several splits ('data/test-00000.jsonl', 'data/train-00000.jsonl')" in caplog.text
     caplog.clear()
     stored(data_settings(tmp_path / "cache", tmp_path / "set" / "**" / "train*.jsonl"))
-    assert "splits" not in caplog.text
+    assert "several splits" not in caplog.text
 
 
 def test_a_pattern_below_a_folder_whose_name_looks_like_one(tmp_path):
@@ -546,3 +546,18 @@ def test_files_without_an_ending_are_read_where_they_are_named(tmp_path):
     assert f"`path: {tmp_path}/set/*` with `format`" in refusal(data_settings(tmp_path / "cache", tmp_path / "set"))
     source = {"path": f"{tmp_path}/set/*", "format": "json"}
     assert stored(DataSettings(sources=[source], cache=tmp_path / "cache")) == as_bytes(["ab"])
+
+
+def test_the_cache_may_lie_among_the_data(tmp_path):
+    write_json_lines(tmp_path / "a.jsonl", [{"text": "ab"}])
+    for _ in range(2):
+        assert stored(data_settings(tmp_path / "cache", tmp_path)) == as_bytes(["ab"])
+    with pytest.raises(SettingsError, match="give prepared documents their own"):
+        prepare(data_settings(tmp_path, tmp_path), 259)
+
+
+def test_a_folder_with_two_names_is_read_by_its_first(tmp_path):
+    for name in "mz":
+        write_json_lines(tmp_path / "set" / name / "x.jsonl", [{"text": name}])
+    (tmp_path / "set" / "a").symlink_to("z")
+    assert stored(data_settings(tmp_path / "cache", tmp_path / "set")) == as_bytes(["z", "m"])
