@@ -101,8 +101,8 @@ def _describe(name: str, folder: Path) -> None:
         logger.warning("%s: not trained on: columns %s", name, _few(meta["unused"], "`{}`"))
     if meta.get("shifted"):
         logger.warning(
-            "%s: the labels of %d documents are the next tokens, as if they had been shifted. Here a token's label is the "
-            "token itself: the model would learn to predict the token after the next one",
+            "%s: the labels of %d documents are the next tokens, as if shifted before. Here a label is the token "
+            "itself: the model would learn to predict the token after the next one",
             name,
             meta["shifted"],
         )
