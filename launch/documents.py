@@ -156,7 +156,8 @@ def _shape(
         return _question(f"column `{name}` carries meaning that cannot be honoured: {_why_refused(name)}; {_IGNORE}")
     ids, texts, chats, pairs = (by_role.pop(role, []) for role in ("ids", "text", "chat", "pair"))
     if column is None:
-        found = _document_column(names, ids, texts, chats, pairs)
+        left = tuple(name for name in names if name not in ignore)
+        found = _document_column(left, ids, texts, chats, pairs)
         others: list[str] = []
     else:
         found, others = by_role.get("document", [_absent(column, names)])[0], [*ids, *texts, *chats, *pairs]

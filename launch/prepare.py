@@ -121,7 +121,13 @@ def _say_twins(name: str, known: list[tuple[DataFile, str]]) -> None:
         twins += [f"{other!r} and {file.name!r}"] if other is not None else []
         names |= dict.fromkeys(keys - names.keys(), file.name)
     if twins:
-        logger.warning("%s: looks to be the same twice, and is trained on twice: %s", name, _few(twins))
+        logger.warning(
+            "%s: %d files look the same as others of it, and are trained on as well: %s%s",
+            name,
+            len(twins),
+            "; ".join(twins[:3]),
+            "; …" if len(twins) > 3 else "",
+        )
 
 
 def _few(names: list[str], form: str = "{}") -> str:

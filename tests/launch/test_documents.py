@@ -351,3 +351,7 @@ def test_labels_that_were_shifted_are_noticed(tmp_path, caplog):
     rows = [{"input_ids": ids, "labels": [NO_TARGET, *ids[1:]]}, {"input_ids": same, "labels": [NO_TARGET, *same[1:]]}]
     stored(data_settings(tmp_path / "cache", write_json_lines(tmp_path / "b.jsonl", rows)))
     assert "next tokens" not in caplog.text
+
+
+def test_a_document_that_is_ignored_is_not_called_null():
+    assert "has no column `text` (columns: `url`)" in of({"text": "a", "url": "b"}, ignore_columns=["text"]).sentence

@@ -222,11 +222,12 @@ def test_what_lies_there_twice_is_said(tmp_path, caplog):
     (folder / "empty.jsonl").touch()
     (folder / "none.jsonl").touch()
     prepare(data_settings(tmp_path / "cache", folder), 259)
-    assert "trained on twice" not in caplog.text
+    assert "look the same" not in caplog.text
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     (folder / "c.jsonl").symlink_to("b.jsonl")
     prepare(data_settings(tmp_path / "cache", folder), 259)
-    assert "trained on twice: 'a.jsonl' and 'a.jsonl.gz', 'b.jsonl' and 'c.jsonl'" in caplog.text
+    assert "2 files look the same as others of it" in caplog.text
+    assert "'a.jsonl' and 'a.jsonl.gz'; 'b.jsonl' and 'c.jsonl'" in caplog.text
 
 
 def test_a_damaged_description_is_made_again_once_its_folder_is_deleted(tmp_path):
