@@ -71,7 +71,9 @@ def _prepare_source(settings: DataSettings, number: int, encoder: Encoder, token
         if expanded(source.path).is_dir() and os.path.realpath(cache) == os.path.realpath(expanded(source.path)):
             raise SettingsError(f"data.cache: {cache} is the folder of {name}; give prepared documents their own")
         files = find_files(name, source, cache)
-        digests = None if files is None else digests_of([file.path for file in files], cache)
+        paths = [file.path for file in files or []]
+        stamps = stamps_of(paths)  # before anything of the files is read
+        digests = None if files is None else digests_of(paths, cache)
     except OSError as error:
         raise DataError(f"{name}: cannot be looked up: {error.strerror or error}: {error.filename}") from error
     known = None if files is None or digests is None else list(zip(files, digests, strict=True))
@@ -83,7 +85,7 @@ def _prepare_source(settings: DataSettings, number: int, encoder: Encoder, token
         if not find_prepared(cache, own):
             _remove_leftovers(cache)
             described = {"identity": own, "files": [[file.name, digest] for file, digest in known or []]}
-            _make_folder(folder, settings, name, source, files, encoder, vocab_size, described)
+            _make_folder(folder, settings, name, source, files, stamps, encoder, vocab_size, described)
     except OSError as error:
         raise SettingsError(f"data.cache: cannot write {folder}: {error.strerror or error}") from error
     _describe(name, folder)
@@ -141,6 +143,7 @@ def _make_folder(
     name: str,
     source: SourceSettings,
     files: list[DataFile] | None,
+    stamps: list[list[int]],
     encoder: Encoder,
     vocab_size: int,
     described: dict,
@@ -149,13 +152,11 @@ def _make_folder(
     unfinished = folder.with_name(f"{UNFINISHED}{uuid.uuid4().hex}")
     unfinished.mkdir(parents=True)
     try:
-        paths = [file.path for file in files or []]
-        before = stamps_of(paths)
         seen = _Seen(name, skip=settings.on_bad_document == "skip")
         with _Store(unfinished, "uint16" if vocab_size <= 1 << 16 else "uint32") as store:
             _store_documents(name, read_source(name, source, files), encoder, vocab_size, store, seen)
             seen.check(source, store)
-            if stamps_of(paths) != before:
+            if stamps_of([file.path for file in files or []]) != stamps:
                 raise DataError(f"{name}: files changed while they were read; start again when they are complete")
             store.finish({"source": source.path, **described, **seen.facts()})
         try:

@@ -238,3 +238,19 @@ def test_a_damaged_description_is_made_again_once_its_folder_is_deleted(tmp_path
         prepare(settings, 259)
     shutil.rmtree(folder)
     assert prepare(settings, 259) == (folder,)
+
+
+def test_a_file_that_changes_after_its_digest_was_made_is_not_stored_under_it(tmp_path, monkeypatch):
+    path = write_json_lines(tmp_path / "a.jsonl", [{"text": "one"}])
+    settings = data_settings(tmp_path / "cache", path)
+
+    def digests_then_a_change(files, cache):
+        found = identity_module.digests_of(files, cache)
+        write_json_lines(path, [{"text": "another"}])
+        return found
+
+    monkeypatch.setattr(prepare_module, "digests_of", digests_then_a_change)
+    assert "files changed while they were read" in refusal(settings)
+    monkeypatch.undo()
+    write_json_lines(path, [{"text": "one"}])
+    assert stored(settings) == as_bytes(["one"])
