@@ -572,6 +572,8 @@ def _sentence(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{path}: required, but not given"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "tuple_type":  # Python's word for it, not YAML's
+        message = "Input should be a list, such as [a, b]"
     given = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
     return f"{path}: {message}{given}" if path else f"{message}"
 

@@ -166,7 +166,9 @@ def read_meta(folder: Path) -> dict:
     """What a prepared folder says about itself."""
     try:
         return json.loads((folder / META).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except ValueError as error:
+        raise DataError(f"{folder / META}: is damaged ({error}); delete the folder and it will be made again") from None
+    except OSError as error:
         raise DataError(
             f"{folder}: no prepared documents can be read here ({error}). Every machine that trains must see this "
             "folder: put `data.cache` on a file system that all of them share"

@@ -73,22 +73,23 @@ _KNOWN = (
     | dict.fromkeys(_CHATS, "chat")
     | dict.fromkeys(_PAIRS, "pair")
 )
+_PIECES = (  # names of lists that tell the pieces of a packed row; a number or a word there only names the row
+    "seqidx|sequenceidx|cuseqlens?(q|k|kv)?|maxseqlens?(q|k|kv)?|maxlength(q|k)|segmentids?|documentids|docids"
+    "|sequenceids|sampleids|(seq|sequence|document|doc|piece|segment)(lens|lengths)"
+)
 _REFUSED = {  # names, as whole words without their separators, and why they cannot be honoured
-    "pieces of packed rows are not taken apart; write one row per document": (
-        "seqidx|sequenceidx|cuseqlens?(q|k|kv)?|maxseqlens?(q|k|kv)?|maxlength(q|k)|segmentids?|documentids|docids"
-        "|sequenceids|sampleids|(seq|sequence|document|doc|piece|segment)(lens|lengths)"
-    ),
     "only text and token ids are trained on": (
         "(pixel|image|audio|video|speech|vision)(s|es|values?|features?|sizes?|gridthw|bytes|embeds?)*"
         "(images|videos|audios)?|pixelvalues.*|inputfeatures|inputvalues|mmtokentypeids|imagesizes|imagegridthw"
         "|videogridthw|secondpergridts|speeches"
     ),
-    "only token ids enter the model": "(inputs?|encoder|decoder|prompt|token)?embed(s|ding|dings)|encoderhiddenstates",
+    "only token ids enter the model": "(inputs?|encoder|decoder|prompt|token)embed(s|ding|dings)|encoderhiddenstates",
     "targets count once or not at all; there are no weights": (
         "(loss|sample|token|example|importance|row|instance|document|label|target|class)?(weight|weights|weighting)"
         "|lossscales?"
     ),
 }
+_MAY_CARRY_MEANING = rf"(masks?|ids|tokens|lengths|positions|label|targets?)$|^embed(s|ding|dings)$|^({_PIECES})$"
 _IGNORE = "to train without it, name it in the source's `ignore_columns`"
 
 
@@ -98,7 +99,7 @@ def unreadable(error: BaseException) -> Problem:
 
 def document_of(row: Mapping[str, Any], source: SourceSettings, others: tuple[str, ...] = ()) -> Document | Problem:
     """A row's document, or why there is none. A null counts as absent; `others` are columns that were not read."""
-    present = tuple(name for name, value in row.items() if value is not None)
+    present = tuple(name for name, value in row.items() if not _is_absent(name, value, source))
     shape = _shape((*row, *others), present, source.column, source.ignore_columns)
     if isinstance(shape, Problem):
         return shape
@@ -108,6 +109,13 @@ def document_of(row: Mapping[str, Any], source: SourceSettings, others: tuple[st
     if shape.role == "text" and source.column is None:
         return _not_text(shape.document, value)
     return _ids_document(value, row, shape)
+
+
+def _is_absent(name: str, value: Any, source: SourceSettings) -> bool:
+    """An empty list of images, or of ids of some sort, carries nothing."""
+    if value is None or name == source.column or not _is_list(value) or not _is_empty(value):
+        return value is None
+    return _role(name) == "refused" or _may_carry_meaning(name)
 
 
 def columns_to_read(names: Sequence[str], source: SourceSettings) -> list[str]:
@@ -148,7 +156,8 @@ def _shape(
         return _question(f"column `{name}` carries meaning that cannot be honoured: {_why_refused(name)}; {_IGNORE}")
     ids, texts, chats, pairs = (by_role.pop(role, []) for role in ("ids", "text", "chat", "pair"))
     if column is None:
-        found = _document_column(names, ids, texts, chats, pairs)
+        left = tuple(name for name in names if name not in ignore)
+        found = _document_column(left, ids, texts, chats, pairs)
         others: list[str] = []
     else:
         found, others = by_role.get("document", [_absent(column, names)])[0], [*ids, *texts, *chats, *pairs]
@@ -180,7 +189,8 @@ def _document_column(
             return _question(
                 f"holds a conversation in {_listed(chats)}, and chat templates are not applied yet. Apply the "
                 "tokenizer's before (`apply_chat_template(…, return_dict=True, return_assistant_tokens_mask=True)`) "
-                "and store what it gives as `input_ids` with `assistant_masks`"
+                "and store what it gives as `input_ids` with `assistant_masks`; or, where a column is plain text, set "
+                "`column` to it"
             )
         if pairs:
             return _question(
@@ -218,11 +228,16 @@ def _why_refused(name: str) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _may_carry_meaning(name: str) -> bool:
-    """Does a name look like one value per token: some mask, ids of some sort, tokens, labels, targets?"""
+    """Does a name look like one value per token: some mask, ids of some sort, tokens, labels, targets, pieces?"""
     return (
         not _role(name)
-        and re.search(r"(masks?|ids|tokens|lengths|positions|label|targets?)$", _plain(name)) is not None
+        and re.search(_MAY_CARRY_MEANING, _plain(name)) is not None
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _tells_pieces(name: str) -> bool:
+    return re.fullmatch(_PIECES, _plain(name)) is not None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -247,18 +262,19 @@ def _question(sentence: str) -> Problem:
 
 
 def _text_document(value: str, row: Mapping[str, Any], shape: _Shape, named_by_user: bool) -> Document | Problem:
-    if _means_ids(shape.document):
+    if shape.role == "ids" or _means_ids(shape.document) and not re.search(r"[^\W\d_]", value):
         advice = "store them as a list of integers"
         return Problem(
             "wrong type", f"column `{shape.document}` holds the text {reprlib.repr(value)}, not token ids; {advice}"
         )
-    if shape.beside:
+    classes = tuple(name for name in shape.labels if isinstance(row[name], (int, float)))  # of the whole text
+    if beside := [name for name in shape.beside if name not in classes]:
         return _question(
-            f"column `{shape.beside[0]}` stands beside text, but it speaks of tokens: store the tokens too, as "
+            f"column `{beside[0]}` stands beside text, but it speaks of tokens: store the tokens too, as "
             f"`input_ids`; {_IGNORE}"
         )
     for name in shape.suspects:
-        if re.search(r"masks?$|label|target", _plain(name)) and _is_list(row[name]):
+        if (_tells_pieces(name) or re.search(r"masks?$|label|target", _plain(name))) and _is_list(row[name]):
             return _suspect(name, "text")
         if (
             not named_by_user
@@ -274,10 +290,12 @@ def _text_document(value: str, row: Mapping[str, Any], shape: _Shape, named_by_u
         return EMPTY
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
         return Problem("unreadable", "the text holds half a surrogate pair, which is not valid Unicode")
-    return Document(f"text in `{shape.document}`", value, None, shape.unused, shape.ignored)
+    return Document(f"text in `{shape.document}`", value, None, (*shape.unused, *classes), shape.ignored)
 
 
 def _not_text(column: str, value: Any) -> Problem:
+    if isinstance(value, Opaque) and "binary" in value.type and "<" not in value.type:
+        return Problem("wrong type", f"column `{column}` holds {value!r}, not text; store it as a string of UTF-8")
     if isinstance(value, list) and value and isinstance(value[0], str) or isinstance(value, Opaque):
         return Problem(
             "wrong type",
@@ -348,6 +366,16 @@ def _labels(ids: np.ndarray, labels: list[np.ndarray], masks: list[np.ndarray]) 
     return None if result is ids or np.array_equal(result, ids) else result.astype(np.int64)
 
 
+def are_shifted(ids: np.ndarray, labels: np.ndarray) -> bool:
+    """Is every label the next token, and not the token itself? A few may be by chance."""
+    targets = np.flatnonzero(labels[:-1] != NO_TARGET)
+    return (
+        len(targets) > 3
+        and np.array_equal(labels[targets], ids[targets + 1])
+        and not np.array_equal(labels[targets], ids[targets])
+    )
+
+
 def _not_per_token(name: str, value: Any, integers: bool) -> Problem:
     wanted = f"integers (labels: token ids, or {NO_TARGET})" if integers else "values 0 and 1"
     packed = ""
@@ -357,6 +385,11 @@ def _not_per_token(name: str, value: Any, integers: bool) -> Problem:
 
 
 def _suspect(name: str, beside: str) -> Problem:
+    if _tells_pieces(name):
+        return _question(
+            f"column `{name}` carries meaning that cannot be honoured: pieces of packed rows are not taken apart; "
+            f"write one row per document; {_IGNORE}"
+        )
     return _question(
         f"column `{name}` beside {beside} looks as if it carried meaning that cannot be honoured (what can: `labels`, "
         f"`loss_mask`, `completion_mask`, `assistant_masks`, `attention_mask`, beside token ids); {_IGNORE}"
@@ -365,6 +398,10 @@ def _suspect(name: str, beside: str) -> Problem:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, (list, np.ndarray, Opaque))
+
+
+def _is_empty(value: Any) -> bool:
+    return not isinstance(value, Opaque) and len(value) == 0
 
 
 def _are_ids(value: Any) -> bool:

@@ -54,6 +54,8 @@ def load_tokenizer(
         advice = "`model.path` has no tokenizer that can be used, and texts need one: set `data.tokenizer`. " + advice
     if looks_local(name) and not Path(place).exists():
         raise SettingsError(f"data.tokenizer: cannot load {name!r}: there is no such folder\n{advice}")
+    if Path(place).is_file():
+        raise SettingsError(f"data.tokenizer: {name!r} is a file; give the folder that it lies in")
     try:
         return transformers.AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     except BaseException as error:  # files of all kinds are parsed here, in part by Rust, whose panics are no Exception

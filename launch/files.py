@@ -12,6 +12,7 @@ import json
 import logging
 import lzma
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ _UNREAD = {  # endings of data that is not read here, and what to do
 }
 _REMEDIES = {ending: remedy for endings, remedy in _UNREAD.items() for ending in endings.split()}
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_SPLITS = dict.fromkeys(("valid", "val", "dev"), "validation")
 NO_ROWS = Problem("without rows", "has no rows")
 
 
@@ -73,8 +75,8 @@ def shown(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def find_files(name: str, source: SourceSettings) -> list[DataFile] | None:
-    """A source's files in a fixed order; None for a data set on the hub."""
+def find_files(name: str, source: SourceSettings, cache: Path | None = None) -> list[DataFile] | None:
+    """A source's files in a fixed order; None for a data set on the hub. What lies in `cache` is none of them."""
     if source.path == "python-stdlib":
         _refuse_settings(name, source, "the standard library", ("subset", "revision", "column", "ignore_columns"))
         return _library_files(name)
@@ -82,7 +84,7 @@ def find_files(name: str, source: SourceSettings) -> list[DataFile] | None:
     if source.format == "hub":
         return None
     if path.is_dir():
-        files = _folder_files(name, source, path)
+        files = _folder_files(name, source, path, cache)
     elif path.exists() or path.is_symlink():
         files = [DataFile(path, path.name, _format(path, source))]
     elif glob.has_magic(source.path):
@@ -110,7 +112,7 @@ def _refuse_settings(name: str, source: SourceSettings, what: str, settings: Seq
             raise DataError(f"{name}: `{setting}` has no meaning to {what}; leave it out")
 
 
-def _folder_files(name: str, source: SourceSettings, folder: Path) -> list[DataFile]:
+def _folder_files(name: str, source: SourceSettings, folder: Path, cache: Path | None) -> list[DataFile]:
     """All files of the wanted format below a folder; of several splits that `save_to_disk` wrote, the wanted one."""
     if (folder / "dataset_dict.json").exists():
         folder = folder / source.split
@@ -119,7 +121,7 @@ def _folder_files(name: str, source: SourceSettings, folder: Path) -> list[DataF
     if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
         return _saved_files(name, folder)
     files, aside = [], []
-    for file in _walk(folder):
+    for file in _walk(folder, cache):
         if (format := _ending_format(file)) and source.format in ("auto", format) or source.format == "text":
             files.append(
                 DataFile(file, str(file.relative_to(folder)), source.format if source.format != "auto" else format)
@@ -127,13 +129,18 @@ def _folder_files(name: str, source: SourceSettings, folder: Path) -> list[DataF
         elif (remedy := _remedy(file)) and (
             source.format == "auto" or _ending_format(file.with_suffix("")) == source.format
         ):
-            raise DataError(f"{name}: file {file} cannot be read here: {remedy}, or move it out of the folder")
+            aside_too = "set `format`, which leaves other files aside, or " if source.format == "auto" else ""
+            raise DataError(
+                f"{name}: file {file} cannot be read here: {remedy}, or {aside_too}move it out of the folder"
+            )
         else:
             aside.append(file)
     if not files:
         what = "json, parquet, arrow or text" if source.format == "auto" else source.format
-        raise DataError(f"{name}: there is no {what} file in {folder}")
+        hint = f"; of other files say what they are: `path: {folder}/*` with `format`" if aside else ""
+        raise DataError(f"{name}: there is no {what} file in {folder}, by its ending{hint}")
     _say_aside(name, aside)
+    _say_splits(name, files)
     return files
 
 
@@ -149,12 +156,13 @@ def _saved_files(name: str, folder: Path) -> list[DataFile]:
         ) from error
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, cache: Path | None) -> Iterator[Path]:
     """Files below a folder in the order of their paths, through links to folders too; hidden ones are left aside."""
-    found, seen = [], set()
+    found: list[Path] = []
+    seen = {os.path.realpath(cache)} if cache else set()
     for here, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         real = os.path.realpath(here)
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
             found += [Path(here, name) for name in files if not name.startswith(".")]
         seen.add(real)
@@ -166,14 +174,39 @@ def _raise(error: OSError) -> None:
 
 
 def _glob_files(name: str, source: SourceSettings, pattern: Path) -> list[DataFile]:
-    matches = [Path(match) for match in sorted(glob.glob(str(pattern), recursive=True))]
+    matches = [Path(match) for match in sorted(glob.glob(_escaped(pattern), recursive=True))]
     files = [match for match in matches if not match.is_dir()]
     if not files:
         raise DataError(f"{name}: no file matches; the pattern is looked up in {Path.cwd()}")
     if "**" not in source.path:  # which matches folders on its way
         _say_aside(name, [match for match in matches if match.is_dir()])
     root = Path(os.path.commonpath([file.parent for file in files]))
-    return [DataFile(file, str(file.relative_to(root)), _format(file, source)) for file in files]
+    found = [DataFile(file, str(file.relative_to(root)), _format(file, source)) for file in files]
+    _say_splits(name, found)
+    return found
+
+
+def _escaped(pattern: Path) -> str:
+    """With the folders that are there taken by their names, also if these look like patterns: `run [1]/*.jsonl`."""
+    there = next((folder for folder in pattern.parents if folder.is_dir()), Path())
+    return str(Path(glob.escape(str(there)), pattern.relative_to(there)))
+
+
+def _say_splits(name: str, files: Sequence[DataFile]) -> None:
+    """A folder's files are all trained on, which who has a data set's test split in it may not want."""
+    found: dict[str, str] = {}
+    for file in files:
+        for part in Path(file.name).parts:
+            if word := re.match(r"(train|test|validation|valid|val|dev|eval)(?![^\W\d_])", part.lower()):
+                found.setdefault(_SPLITS.get(word[1], word[1]), file.name)
+    if len(found) > 1:
+        examples = ", ".join(map(repr, found.values()))
+        logger.warning(
+            "%s: by their names there are several splits (%s), and all are trained on; name one's files if that is not "
+            "meant",
+            name,
+            examples,
+        )
 
 
 def _say_aside(name: str, aside: list[Path]) -> None:

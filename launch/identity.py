@@ -79,8 +79,8 @@ def tokenizer_identity(settings: DataSettings, model_path: str | None, model_rev
     folder = expanded(name)
     if name == "bytes" or not folder.exists():
         return [name, settings.tokenizer_revision if settings.tokenizer else model_revision]
-    inside = [path for path in sorted(folder.iterdir()) if _TOKENIZER_FILE.fullmatch(path.name.lower())]
-    files = [path for path in (inside if folder.is_dir() else [folder]) if path.is_file()]
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [path for path in found if _TOKENIZER_FILE.fullmatch(path.name.lower()) and path.is_file()]
     return [[path.name, digest] for path, digest in zip(files, digests_of(files, cache), strict=True)]
 
 

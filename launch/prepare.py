@@ -24,11 +24,12 @@ import numpy as np
 from distca.config import DataSettings, SourceSettings
 from distca.errors import DataError, SettingsError
 from distca.launch.data import LABELS, LENGTHS, META, NO_TARGET, STARTS, TARGETS, TOKENS, read_meta
-from distca.launch.documents import EMPTY, Problem
+from distca.launch.documents import EMPTY, Problem, are_shifted
 from distca.launch.encode import Encoder
 from distca.launch.files import NO_ROWS, DataFile, Found, find_files, shown
 from distca.launch.identity import (
     FORMAT_VERSION,
+    UNREADABLE,
     digests_of,
     find_prepared,
     identity,
@@ -67,18 +68,24 @@ def _prepare_source(settings: DataSettings, number: int, encoder: Encoder, token
     name = f"data.sources[{number}] ({source.path})"
     cache = expanded(settings.cache)
     try:
-        files = find_files(name, source)
-        digests = None if files is None else digests_of([file.path for file in files], cache)
+        if expanded(source.path).is_dir() and os.path.realpath(cache) == os.path.realpath(expanded(source.path)):
+            raise SettingsError(f"data.cache: {cache} is the folder of {name}; give prepared documents their own")
+        files = find_files(name, source, cache)
+        paths = [file.path for file in files or []]
+        stamps = stamps_of(paths)  # before anything of the files is read
+        digests = None if files is None else digests_of(paths, cache)
     except OSError as error:
         raise DataError(f"{name}: cannot be looked up: {error.strerror or error}: {error.filename}") from error
     known = None if files is None or digests is None else list(zip(files, digests, strict=True))
+    if source.path != "python-stdlib":
+        _say_twins(name, known or [])
     own = identity(settings, source, known, tokenizer, vocab_size)
     folder = cache / own
     try:
         if not find_prepared(cache, own):
             _remove_leftovers(cache)
             described = {"identity": own, "files": [[file.name, digest] for file, digest in known or []]}
-            _make_folder(folder, settings, name, source, files, encoder, vocab_size, described)
+            _make_folder(folder, settings, name, source, files, stamps, encoder, vocab_size, described)
     except OSError as error:
         raise SettingsError(f"data.cache: cannot write {folder}: {error.strerror or error}") from error
     _describe(name, folder)
@@ -94,8 +101,35 @@ def _describe(name: str, folder: Path) -> None:
         logger.warning("%s: left out %s", name, _summary(meta["left_out"]))
     if meta["unused"]:
         logger.warning("%s: not trained on: columns %s", name, _few(meta["unused"], "`{}`"))
+    if meta.get("shifted"):
+        logger.warning(
+            "%s: the labels of %d documents are the next tokens, as if shifted before. Here a label is the token "
+            "itself: the model would learn to predict the token after the next one",
+            name,
+            meta["shifted"],
+        )
     if meta["without_rows"]:
         logger.warning("%s: without rows: %s", name, _few(meta["without_rows"]))
+
+
+def _say_twins(name: str, known: list[tuple[DataFile, str]]) -> None:
+    """What lies there twice, as a link or packed and unpacked, is trained on twice."""
+    names: dict[str, str] = {}
+    twins = []
+    for file, digest in known:
+        unpacked = file.name[: len(file.name) - len(file.compression)] if file.compression else file.name
+        keys = {f"name {unpacked}"} | ({digest} if digest != UNREADABLE and file.path.stat().st_size else set())
+        other = next((names[key] for key in keys if key in names), None)
+        twins += [f"{other!r} and {file.name!r}"] if other is not None else []
+        names |= dict.fromkeys(keys - names.keys(), file.name)
+    if twins:
+        logger.warning(
+            "%s: %d files look the same as others of it, and are trained on as well: %s%s",
+            name,
+            len(twins),
+            "; ".join(twins[:3]),
+            "; …" if len(twins) > 3 else "",
+        )
 
 
 def _few(names: list[str], form: str = "{}") -> str:
@@ -109,6 +143,7 @@ def _make_folder(
     name: str,
     source: SourceSettings,
     files: list[DataFile] | None,
+    stamps: list[list[int]],
     encoder: Encoder,
     vocab_size: int,
     described: dict,
@@ -117,13 +152,11 @@ def _make_folder(
     unfinished = folder.with_name(f"{UNFINISHED}{uuid.uuid4().hex}")
     unfinished.mkdir(parents=True)
     try:
-        paths = [file.path for file in files or []]
-        before = stamps_of(paths)
         seen = _Seen(name, skip=settings.on_bad_document == "skip")
         with _Store(unfinished, "uint16" if vocab_size <= 1 << 16 else "uint32") as store:
             _store_documents(name, read_source(name, source, files), encoder, vocab_size, store, seen)
             seen.check(source, store)
-            if stamps_of(paths) != before:
+            if stamps_of([file.path for file in files or []]) != stamps:
                 raise DataError(f"{name}: files changed while they were read; start again when they are complete")
             store.finish({"source": source.path, **described, **seen.facts()})
         try:
@@ -166,6 +199,7 @@ def _store_documents(
             if problem:
                 seen.refuse(found.place, problem)
             else:
+                seen.shifted += labels is not None and are_shifted(document, labels)
                 good.append((document, labels))
         store.append(good)
         if time.monotonic() - said > PROGRESS_S:
@@ -219,6 +253,7 @@ class _Seen:
         self._without_rows: list[str] = []
         self._is_text = False
         self.left_out: dict[str, list] = {}
+        self.shifted = 0  # documents whose labels seem to be
 
     def is_document(self, found: Found) -> bool:
         document = found.content
@@ -272,7 +307,7 @@ class _Seen:
 
     def facts(self) -> dict:
         found = {"text": self._is_text, "unused": list(self._unused), "without_rows": self._without_rows}
-        return {"left_out": self.left_out, **found}
+        return {"left_out": self.left_out, "shifted": self.shifted, **found}
 
 
 def _summary(left_out: dict[str, list]) -> str:

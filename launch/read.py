@@ -37,6 +37,7 @@ _SIGNATURES = (
     (b"PK\x03\x04", "is a ZIP archive, which is not read here: unpack it"),
     (b"PAR1", "is a parquet file: let its name end in .parquet, or set `format: parquet`"),
     (b"ARROW1\x00\x00", "is an arrow file: let its name end in .arrow, or set `format: arrow`"),
+    (b"version https://git-lfs.github.com/spec/", "is a pointer of Git LFS, not the data: fetch it (`git lfs pull`)"),
     (b"\x93NUMPY", "is a NumPy file, which is not read here: write its ids as parquet or JSON lines"),
 )
 _READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, zlib.error, lzma.LZMAError)
@@ -54,6 +55,9 @@ def read_source(name: str, source: SourceSettings, files: list[DataFile] | None)
             if not stat.S_ISREG(file.path.stat().st_mode):
                 yield Found(file.path, None, Problem("unreadable", "cannot be read: it is not an ordinary file"))
                 continue
+            if file.format in ("parquet", "arrow") and (problem := _no_table(file)):
+                yield Found(file.path, None, problem)
+                continue
         except OSError as error:
             yield Found(file.path, None, unreadable(error))
             continue
@@ -65,6 +69,13 @@ def read_source(name: str, source: SourceSettings, files: list[DataFile] | None)
         except (pa.ArrowException, OSError, ValueError, IndexError, KeyError, NotImplementedError) as error:
             # pyarrow also fails where nobody expects it, as in the names of columns
             yield Found(file.path, None if row is None else row + 1, unreadable(error))
+
+
+def _no_table(file: DataFile) -> Problem | None:
+    """What a file is that should hold a table, where pyarrow would only say that it does not."""
+    with open(file.path, "rb") as stream:
+        head = stream.read(64)
+    return None if head.startswith((b"PAR1", b"ARROW1")) else _known_as(head)
 
 
 def _read_text(file: DataFile, source: SourceSettings) -> Iterator[Found]:
@@ -90,14 +101,20 @@ def _open(file: DataFile) -> io.BufferedIOBase:
 
 def _not_utf8(head: bytes) -> Problem | None:
     """What a file is that should hold UTF-8, by its first bytes."""
-    for signature, sentence in _SIGNATURES:
-        if head.startswith(signature):
-            return Problem("unreadable", f"cannot be read: it {sentence}")
+    if problem := _known_as(head):
+        return problem
     if re.match(rb"BZh[1-9]1AY&SY", head):
         return Problem("unreadable", "cannot be read: it is compressed with bzip2: let its name end in .bz2")
     if width := _width(head):
         code = f"UTF-{8 * width}"
         return Problem("unreadable", f"cannot be read: it is {code}; convert it (`iconv -f {code} -t UTF-8`)")
+    return None
+
+
+def _known_as(head: bytes) -> Problem | None:
+    for signature, sentence in _SIGNATURES:
+        if head.startswith(signature):
+            return Problem("unreadable", f"cannot be read: it {sentence}")
     return None
 
 

@@ -255,7 +255,7 @@ def _values(array: pa.Array) -> Iterator[Any]:
         return (value.as_py() for value in array)
     if _is_list(type) and (_is_number(type.value_type) or types.is_null(type.value_type)):
         return map(_list_value, array)
-    return (Opaque(str(type)) if valid else None for valid in array.is_valid().to_pylist())
+    return map(_opaque_value, array)
 
 
 def _is_text(type: pa.DataType) -> bool:
@@ -278,6 +278,13 @@ def _text_value(value: pa.Scalar) -> str | Problem | None:
         return value.as_py()
     except UnicodeDecodeError as error:
         return unreadable(error)
+
+
+def _opaque_value(value: pa.Scalar) -> Any:
+    """Of a list, only whether there is anything in it."""
+    if not value.is_valid:
+        return None
+    return [] if _is_list(value.type) and not len(value.values) else Opaque(str(value.type))
 
 
 def _list_value(value: pa.Scalar) -> Any:

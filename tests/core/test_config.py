@@ -261,3 +261,10 @@ def test_the_list_of_settings_covers_every_field_and_explains_it():
     assert described["parallel.trainer_capacity"][:2] == ("integer >= 1, <= 100", "default 100")
     assert described["train.precision"][:2] == ("fp32 | bf16 | fp64", "default bf16")
     assert described["data.sources[i].path"][1] == "required"
+
+
+def test_a_word_where_a_list_belongs_is_told_so():
+    values = {"data": {"sources": [{"path": "x", "ignore_columns": "url"}]}}
+    with pytest.raises(SettingsError) as caught:
+        validate_settings(values)
+    assert "data.sources[0].ignore_columns: Input should be a list, such as [a, b], got 'url'" in str(caught.value)

@@ -89,6 +89,7 @@ REFUSED: dict[str, Any] = {
     "cu_seqlens": [0, 2, 3],
     "cu_seq_lens_q": [0, 2, 3],
     "segment_ids": [1, 1, 2],
+    "embedding": [[0.5], [0.5], [0.5]],
     "document_ids": [0, 0, 1],
     "sequence_ids": [0, 0, 1],
     "seq_lengths": [2, 1],
@@ -141,6 +142,30 @@ def test_what_speaks_of_tokens_or_is_a_second_document_is_refused_beside_text(na
     problem = of({"text": "abc", name: [1, 2, 3]})
     assert isinstance(problem, Problem) and f"`{name}`" in problem.sentence and problem.asks, problem
     assert isinstance(of({"text": "abc", name: [1, 2, 3]}, ignore_columns=[name]), Document)
+
+
+HARMLESS: list[dict[str, Any]] = [
+    {"text": "abc", "embedding": [0.5, 0.25]},
+    {"text": "abc", "labels": 3},
+    {"text": "abc", "images": []},
+    {"text": "abc", "document_ids": "a-17"},
+    {"input_ids": [5, 6], "sample_ids": 3, "seq_idx": 0},
+    {"input_ids": [5, 6], "category_ids": [], "images": []},
+]
+
+
+@pytest.mark.parametrize("row", HARMLESS, ids=str)
+def test_what_is_said_of_a_row_as_a_whole_is_named_and_not_refused(row):
+    document = of(row)
+    assert isinstance(document, Document) and document.labels is None
+    assert {*document.unused} == row.keys() - {"text", "input_ids"}
+
+
+@pytest.mark.parametrize("name", ["kids", "spaced_tokens"])
+def test_a_text_of_words_is_text_whatever_the_chosen_column_is_called(name):
+    assert of({name: "two words"}, column=name).content == "two words"
+    assert "not token ids" in of({name: "5 6 7"}, column=name).sentence
+    assert "not token ids" in of({"input_ids": "two words"}, column="input_ids").sentence
 
 
 def test_a_column_that_the_user_chose_is_the_document():
@@ -314,3 +339,19 @@ def test_a_column_to_ignore_that_no_document_has_is_a_mistake(tmp_path):
     source = {"path": str(path), "ignore_columns": ["ulr"]}
     said = refusal(DataSettings(sources=[source], cache=tmp_path / "cache"))
     assert "`ulr`, which no document has" in said and "`url`" in said
+
+
+def test_labels_that_were_shifted_are_noticed(tmp_path, caplog):
+    ids = [5, 6, 7, 8, 9, 10]
+    path = write_json_lines(tmp_path / "a.jsonl", [{"input_ids": ids, "labels": [*ids[1:], NO_TARGET]}] * 3)
+    stored(data_settings(tmp_path / "cache", path))
+    assert "the labels of 3 documents are the next tokens" in caplog.text
+    caplog.clear()
+    same = [5] * 6
+    rows = [{"input_ids": ids, "labels": [NO_TARGET, *ids[1:]]}, {"input_ids": same, "labels": [NO_TARGET, *same[1:]]}]
+    stored(data_settings(tmp_path / "cache", write_json_lines(tmp_path / "b.jsonl", rows)))
+    assert "next tokens" not in caplog.text
+
+
+def test_a_document_that_is_ignored_is_not_called_null():
+    assert "has no column `text` (columns: `url`)" in of({"text": "a", "url": "b"}, ignore_columns=["text"]).sentence

@@ -230,3 +230,10 @@ def test_a_tokenizer_that_is_nowhere_is_named(tmp_path, offline):
     path = write_json_lines(tmp_path / "a.jsonl", [{"text": "a"}])
     with pytest.raises(SettingsError, match="data.tokenizer: cannot load 'nobody/nowhere'"):
         prepare(data_settings(tmp_path / "cache", path, tokenizer="nobody/nowhere"), 259)
+
+
+def test_a_tokenizer_that_is_a_file_is_refused_with_what_to_give(tmp_path):
+    path = write_json_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(SettingsError, match="is a file; give the folder that it lies in"):
+        prepare(data_settings(tmp_path / "cache", path, tokenizer=str(tmp_path / "tokenizer.json")), 259)

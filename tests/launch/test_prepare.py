@@ -1,5 +1,6 @@
 """Prepared documents: by what they are known, found again, and made by several at once."""
 
+import gzip
 import json
 import os
 import shutil
@@ -212,3 +213,44 @@ def test_a_long_row_needs_a_few_times_its_size(tmp_path, kind):
     command = [sys.executable, "-c", PEAK, str(tmp_path / "cache"), str(tmp_path / kind)]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=True).stdout
     assert int(said.split()[-1]) * 1024 < 6.5 * (tmp_path / kind).stat().st_size
+
+
+def test_what_lies_there_twice_is_said(tmp_path, caplog):
+    folder = tmp_path / "data"
+    path = write_json_lines(folder / "a.jsonl", [{"text": "a"}])
+    write_json_lines(folder / "b.jsonl", [{"text": "b"}])
+    (folder / "empty.jsonl").touch()
+    (folder / "none.jsonl").touch()
+    prepare(data_settings(tmp_path / "cache", folder), 259)
+    assert "look the same" not in caplog.text
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    (folder / "c.jsonl").symlink_to("b.jsonl")
+    prepare(data_settings(tmp_path / "cache", folder), 259)
+    assert "2 files look the same as others of it" in caplog.text
+    assert "'a.jsonl' and 'a.jsonl.gz'; 'b.jsonl' and 'c.jsonl'" in caplog.text
+
+
+def test_a_damaged_description_is_made_again_once_its_folder_is_deleted(tmp_path):
+    settings = data_settings(tmp_path / "cache", write_json_lines(tmp_path / "a.jsonl", [{"text": "a"}]))
+    (folder,) = prepare(settings, 259)
+    (folder / META).write_text("{")
+    with pytest.raises(DataError, match="delete the folder"):
+        prepare(settings, 259)
+    shutil.rmtree(folder)
+    assert prepare(settings, 259) == (folder,)
+
+
+def test_a_file_that_changes_after_its_digest_was_made_is_not_stored_under_it(tmp_path, monkeypatch):
+    path = write_json_lines(tmp_path / "a.jsonl", [{"text": "one"}])
+    settings = data_settings(tmp_path / "cache", path)
+
+    def digests_then_a_change(files, cache):
+        found = identity_module.digests_of(files, cache)
+        write_json_lines(path, [{"text": "another"}])
+        return found
+
+    monkeypatch.setattr(prepare_module, "digests_of", digests_then_a_change)
+    assert "files changed while they were read" in refusal(settings)
+    monkeypatch.undo()
+    write_json_lines(path, [{"text": "one"}])
+    assert stored(settings) == as_bytes(["one"])

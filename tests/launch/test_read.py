@@ -504,3 +504,60 @@ def test_names_of_files_need_not_be_text(tmp_path, ending):
 
 def test_a_home_that_nobody_has_is_not_found(tmp_path):
     assert "no such file or folder" in refusal(data_settings(tmp_path / "cache", "~nobody-at-all/data"))
+
+
+def test_lists_without_images_and_texts_as_bytes_in_a_table(tmp_path):
+    image = pa.struct([("bytes", pa.binary())])
+    table = pa.table({"text": ["ab", "cd"], "images": pa.array([[], None], pa.list_(image))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert stored(data_settings(tmp_path / "cache", tmp_path / "a.parquet")) == as_bytes(["ab", "cd"])
+    pq.write_table(pa.table({"text": [b"ab"]}), tmp_path / "b.parquet")
+    assert "store it as a string of UTF-8" in refusal(data_settings(tmp_path / "other", tmp_path / "b.parquet"))
+    pq.write_table(pa.table({"text": ["ab"], "images": pa.array([[{"bytes": b"x"}]])}), tmp_path / "c.parquet")
+    assert "column `images`" in refusal(data_settings(tmp_path / "other", tmp_path / "c.parquet"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.arrow"])
+def test_a_pointer_of_git_lfs_is_not_the_data(tmp_path, name):
+    (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n")
+    assert "`git lfs pull`" in refusal(data_settings(tmp_path / "cache", tmp_path / name))
+
+
+def test_splits_in_one_folder_are_said(tmp_path, caplog):
+    for name in ("data/train-00000.jsonl", "data/train-00001.jsonl", "data/test-00000.jsonl", "training.jsonl"):
+        write_json_lines(tmp_path / "set" / name, [{"text": "ab"}])
+    with caplog.at_level("WARNING"):
+        assert len(stored(data_settings(tmp_path / "cache", tmp_path / "set"))) == 4
+    assert "several splits ('data/test-00000.jsonl', 'data/train-00000.jsonl')" in caplog.text
+    caplog.clear()
+    stored(data_settings(tmp_path / "cache", tmp_path / "set" / "**" / "train*.jsonl"))
+    assert "several splits" not in caplog.text
+
+
+def test_a_pattern_below_a_folder_whose_name_looks_like_one(tmp_path):
+    write_json_lines(tmp_path / "set [1]" / "a.jsonl", [{"text": "ab"}])
+    assert stored(data_settings(tmp_path / "cache", tmp_path / "set [1]" / "*.jsonl")) == as_bytes(["ab"])
+    write_json_lines(tmp_path / "set 2" / "a.jsonl", [{"text": "cd"}])
+    assert stored(data_settings(tmp_path / "cache", tmp_path / "set [2]" / "*.jsonl")) == as_bytes(["cd"])
+
+
+def test_files_without_an_ending_are_read_where_they_are_named(tmp_path):
+    write_json_lines(tmp_path / "set" / "part-00000", [{"text": "ab"}])
+    assert f"`path: {tmp_path}/set/*` with `format`" in refusal(data_settings(tmp_path / "cache", tmp_path / "set"))
+    source = {"path": f"{tmp_path}/set/*", "format": "json"}
+    assert stored(DataSettings(sources=[source], cache=tmp_path / "cache")) == as_bytes(["ab"])
+
+
+def test_the_cache_may_lie_among_the_data(tmp_path):
+    write_json_lines(tmp_path / "a.jsonl", [{"text": "ab"}])
+    for _ in range(2):
+        assert stored(data_settings(tmp_path / "cache", tmp_path)) == as_bytes(["ab"])
+    with pytest.raises(SettingsError, match="give prepared documents their own"):
+        prepare(data_settings(tmp_path, tmp_path), 259)
+
+
+def test_a_folder_with_two_names_is_read_by_its_first(tmp_path):
+    for name in "mz":
+        write_json_lines(tmp_path / "set" / name / "x.jsonl", [{"text": name}])
+    (tmp_path / "set" / "a").symlink_to("z")
+    assert stored(data_settings(tmp_path / "cache", tmp_path / "set")) == as_bytes(["z", "m"])
