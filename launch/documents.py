@@ -350,7 +350,8 @@ def _ids_document(value: Any, row: Mapping[str, Any], shape: _Shape) -> Document
             )
     for name in shape.zeros:
         if columns[name][:kept].any():
-            return Problem(f"`{name}` that are not 0", f"column `{name}` is not all 0, which has no effect; {_IGNORE}")
+            heedless = f"column `{name}` is not all 0, and what it marks would not be heeded; {_IGNORE}"
+            return Problem(f"`{name}` that are not 0", heedless)
     labels = _labels(
         ids, [columns[name][:kept] for name in shape.labels], [columns[name][:kept] for name in shape.masks]
     )
