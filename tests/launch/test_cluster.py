@@ -238,7 +238,7 @@ def head(tmp_path, monkeypatch):
         time.sleep(0.2)
     yield token
     process.terminate()
-    process.wait(20)
+    process.wait(120)
     for left in marked(mark):
         left.kill()
     shutil.rmtree(f"/tmp/{mark[:8]}")

@@ -99,7 +99,7 @@ def test_the_ordinary_end_is_the_same(folder, raised):
                 raise raised
     except (ValueError, KeyboardInterrupt):
         pass
-    assert [child.wait(1) for child in children] == [-signal.SIGKILL] * 3
+    assert [child.wait(60) for child in children] == [-signal.SIGKILL] * 3
     assert not of(folder) and not folder.exists()
 
 
@@ -109,7 +109,7 @@ def test_what_has_lost_its_environment_is_known_by_what_it_writes_and_a_reader_i
         writer = subprocess.Popen(SLEEP, stdout=log)
         reader = subprocess.Popen(SLEEP, stdin=text, env=os.environ | {MARK: f"{folder}-of-another"})
         other = subprocess.Popen(SLEEP)
-    assert writer.wait(1) == -signal.SIGKILL
+    assert writer.wait(60) == -signal.SIGKILL
     assert reader.poll() is None and other.poll() is None
     for spared in (reader, other):
         spared.kill()
@@ -127,14 +127,14 @@ def test_it_hears_no_signal_and_holds_no_pipe(folder):
         files = {os.readlink(f"/proc/{process.pid}/fd/{number}") for number in (1, 2)}
         assert files == {os.devnull}
         assert child.poll() is None
-    assert child.wait(1) == -signal.SIGKILL and not process.is_running()
+    assert child.wait(60) == -signal.SIGKILL and not process.is_running()
 
 
 def test_a_driver_whose_keeper_was_killed_does_the_work_itself(folder):
     with keeping(folder) as mark:
         child = subprocess.Popen(SLEEP, env=os.environ | mark)
         keeper_of(folder).kill()
-    assert child.wait(1) == -signal.SIGKILL
+    assert child.wait(60) == -signal.SIGKILL
 
 
 def test_a_child_of_the_driver_that_holds_the_pipe_does_not_keep_it_waiting(folder):

@@ -48,7 +48,7 @@ try:
         asked = stop.finishing()
         say("finish")
         wait_for(asked.is_set)
-        say("noted"); time.sleep(2.5)
+        say("noted"); time.sleep(60 if sys.argv[1] == "slow" else 2.5)
         say("saved"); sys.exit(75)
 except KeyboardInterrupt:
     say("interrupted before" if stop.was_asked() else "interrupted")
@@ -60,7 +60,7 @@ class Command:
     def __init__(self, phase: str):
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.process = subprocess.Popen([sys.executable, "-c", COMMAND, phase], start_new_session=True, **pipes)
-        self.wait_for({"import": "begun"}.get(phase, phase))
+        self.wait_for({"import": "begun", "slow": "finish"}.get(phase, phase))
 
     def wait_for(self, word: str) -> None:
         while (line := self.process.stdout.readline()) != f"{word}\n":
@@ -135,7 +135,7 @@ def test_another_ctrl_c_is_at_once_and_another_sigterm_is_not(command):
     time.sleep(1.2)
     running.process.terminate()
     assert running.end()[1] == ["saved"]
-    running = command("finish")
+    running = command("slow")
     running.process.send_signal(signal.SIGINT)
     running.wait_for("noted")
     time.sleep(1.2)
