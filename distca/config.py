@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from distca.errors import SettingsError
-from distca.paths import looks_local
+from distca.paths import written_as_path
 
 KIND_NAMES = {str: "text", int: "integer", float: "number", bool: "true | false", Path: "path", dict: "mapping"}
 KIND_NAMES |= {NoneType: "none", tuple: "list of texts"}
@@ -83,7 +83,7 @@ class ModelSettings(Settings):
         for name in ("path", "revision"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise ValueError(f"`{name}` is empty: name something, or leave it out")
-        if self.revision is not None and (self.path is None or looks_local(self.path)):
+        if self.revision is not None and (self.path is None or written_as_path(self.path)):
             raise ValueError(
                 "`revision` is of a name on the hub, but the model comes from "
                 + (f"the folder {self.path}" if self.path else "`config`")
@@ -138,7 +138,7 @@ class DataSettings(Settings):
     control_tokens: Literal["text", "parse"] = "text"
     """What a text means that spells a special token, such as `</s>` or `<pad>`. `text`: these characters; only the
     tokenizer's own beginning and end are special tokens, so no document can write them. `parse`: the special token,
-    for texts that hold a template's tokens on purpose; a beginning or end that is in the text is not added again."""
+    for texts that hold a template's tokens on purpose; a beginning or end that is in the text stands there once."""
     max_document_tokens: int | None = Field(None, ge=2)
     """Longer documents are cut into documents of this many tokens (at least 2: a single token has nothing to predict).
     Default: as many as a micro-batch holds."""
@@ -153,7 +153,7 @@ class DataSettings(Settings):
         if self.tokenizer == "bytes" and self.control_tokens == "parse":
             raise ValueError("control_tokens: parse needs a tokenizer with special tokens in texts, not `bytes`")
         if self.tokenizer_revision is not None and (
-            self.tokenizer is None or self.tokenizer == "bytes" or looks_local(self.tokenizer)
+            self.tokenizer is None or self.tokenizer == "bytes" or written_as_path(self.tokenizer)
         ):
             raise ValueError("tokenizer_revision belongs to a hub name in `tokenizer`; leave it out")
         return self
@@ -381,7 +381,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         seen = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
@@ -426,7 +426,7 @@ def _parse(text: str) -> Any:
         at = error.problem_mark or error.context_mark
         where = f"line {at.line + 1}, column {at.column + 1}: " if at else ""
         raise ValueError(f"{where}{error.problem or error.context}") from None
-    except (yaml.YAMLError, RecursionError, OverflowError) as error:
+    except (yaml.YAMLError, RecursionError, OverflowError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(" ".join(str(error).split())) from None
 
 

@@ -33,7 +33,7 @@ METRICS = (
     Metric(
         "speed/tokens_per_s", "tokens/s", "tokens of the step over its seconds, all trainers together", "tokens_per_s"
     ),
-    Metric("speed/step_s", "s", "from one step's end to the next", "step_s"),
+    Metric("speed/step_s", "s", "to compute the step; saving and showing it not counted", "step_s"),
     Metric("cad/imbalance_before", "1", "heaviest predicted load over mean, if no task moved", "imbalance_before"),
     Metric("cad/imbalance_planned", "1", "heaviest predicted load over mean, as planned", "imbalance_planned"),
     Metric("cad/imbalance_measured", "1", "heaviest busy time over mean, by the servers' clocks", "imbalance_measured"),

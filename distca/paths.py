@@ -18,6 +18,11 @@ DATA_ENDINGS = frozenset(
 def looks_local(name: str) -> bool:
     """Would a person who reads this name look for it on this machine? Whether it is there is another question."""
     first = name.partition("/")[0]
+    return written_as_path(name) or os.path.exists(name) or ("/" in name and os.path.isdir(first))
+
+
+def written_as_path(name: str) -> bool:
+    """Whether a name can be none on the hub, whatever there is in the folder one stands in."""
     return (
         name.startswith(("/", ".", "~"))
         or "\\" in name
@@ -25,8 +30,6 @@ def looks_local(name: str) -> bool:
         or name.endswith("/")
         or Path(name).suffix.lower().lstrip(".") in DATA_ENDINGS
         or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
-        or os.path.exists(name)
-        or ("/" in name and os.path.isdir(first))
     )
 
 

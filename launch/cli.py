@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import shlex
@@ -19,7 +20,7 @@ from rich.table import Table
 
 from distca.config import describe_settings, dump_settings, load_settings, split_overrides, study_settings
 from distca.errors import EXIT_OK, EXIT_OTHER, SettingsError, TryAgain, UserError
-from distca.launch.stop import listening, was_asked
+from distca.launch.stop import ending, listening, was_asked
 from distca.launch.unforeseen import in_words
 
 if TYPE_CHECKING:
@@ -317,7 +318,11 @@ class _LastingStream:
 def _lasting_output() -> Iterator[None]:
     """A run does not end because nobody reads on, as in `distca train run.yaml | head`."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_LastingStream, before)
+    there = [stream or open(os.devnull, "w") for stream in before]  # noqa: SIM115 - closed as the process ends
+    for stream in there:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where a locale has no arrows
+    sys.stdout, sys.stderr = map(_LastingStream, there)
     try:
         yield
     finally:
@@ -329,23 +334,21 @@ def _lasting_output() -> Iterator[None]:
 Command = Train | Resume | Verify | Plan | Export | Measure | Annotated[ListSettings, tyro.conf.subcommand("settings")]
 
 
-def main() -> None:
-    """`distca COMMAND …`; exit codes: 0 ok, 1 other, 2 bad settings, 3 bad data, 75 stopped with a checkpoint."""
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(arguments: list[str]) -> int:
     """One command; its exit code."""
     with listening(), _lasting_output():
-        console = Console(soft_wrap=True)
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ConsoleHandler(console)])
-        logging.getLogger("distca").setLevel(logging.INFO)
         command = None
         try:
+            console = Console(soft_wrap=True)
+            logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ConsoleHandler(console)])
+            logging.getLogger("distca").setLevel(logging.INFO)
             rest, overrides = split_overrides(arguments)
             command = tyro.cli(Command, prog="distca", description=ABOUT, args=rest)
-            return command(overrides, console)
+            code = command(overrides, console)
+            ending()
+            return code
         except (Exception, KeyboardInterrupt) as error:
+            ending()
             told = _told(error, getattr(command, "stopped", "stopped, as asked; nothing was written"))
         Console(stderr=True, soft_wrap=True).print(f"[bold red]distca:[/] {escape(str(told))}", highlight=False)
         return told.exit_code

@@ -165,7 +165,10 @@ def first_step_with_targets(settings: RunSettings, folders: Sequence[Path]) -> t
 def read_meta(folder: Path) -> dict:
     """What a prepared folder says about itself."""
     try:
-        return json.loads((folder / META).read_text(encoding="utf-8"))
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        if not isinstance(meta, dict) or "version" not in meta:
+            raise ValueError("it describes no documents")
+        return meta
     except ValueError as error:
         raise DataError(f"{folder / META}: is damaged ({error}); delete the folder and it will be made again") from None
     except OSError as error:

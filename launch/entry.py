@@ -3,6 +3,7 @@
 import os
 import sys
 
+from distca.errors import EXIT_TRY_AGAIN
 from distca.launch import stop
 
 
@@ -11,7 +12,11 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or PyTorch tells, per socket, that hosts have no names
     from distca.launch.cli import run
 
-    sys.exit(run(sys.argv[1:]))
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except KeyboardInterrupt:  # in the moment before the command listens, or the one after
+        os.write(2, b"distca: stopped, as asked\n")
+        sys.exit(EXIT_TRY_AGAIN)
 
 
 if __name__ == "__main__":

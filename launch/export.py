@@ -40,7 +40,9 @@ def export(folder: Path, out: Path) -> int:
         with without_advice():
             model.save_pretrained(draft)
         for file in (folder / MODEL).iterdir():  # the tokenizer, and how the model is to generate
-            if file.name != CONFIG:
+            if file.is_dir():
+                shutil.copytree(file, draft / file.name)
+            elif file.name != CONFIG:
                 shutil.copyfile(file, draft / file.name)
         draft.rename(out)
     except BaseException:

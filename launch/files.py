@@ -211,7 +211,7 @@ def _say_splits(name: str, files: Sequence[DataFile]) -> None:
 
 def _say_aside(name: str, aside: list[Path]) -> None:
     if aside:
-        examples = ", ".join(str(path) for path in aside[:3])
+        examples = ", ".join(map(shown, aside[:3]))
         logger.warning("%s: left aside %d that are not data by their ending: %s", name, len(aside), examples)
 
 

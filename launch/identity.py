@@ -10,6 +10,7 @@ changed a moment ago is not trusted to show its next change by its time, and is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from distca.config import DataSettings, SourceSettings
-from distca.launch.data import META, read_meta
+from distca.launch.data import META
 from distca.launch.encode import tokenizer_name
 from distca.launch.files import DataFile
 from distca.paths import expanded
@@ -36,12 +37,10 @@ SETTLED_S = 2.0  # a file changed less long ago may change again without another
 MAX_DIGESTS = 200_000
 UNREADABLE = "unreadable"
 
-_TOKENIZER_FILE = re.compile(r".*(token|vocab|merges|tekken).*\.(json|txt)|.*\.(model|tiktoken|spm|bpe|vocab)")
-
-
-def identity_of(folder: Path) -> str:
-    """What prepared documents are known by, whatever their folder is called."""
-    return read_meta(folder)["identity"]
+_TOKENIZER_FILE = re.compile(
+    r".*(token|vocab|merges|tekken|dict|emoji).*\.(json|txt)|.*\.(model|tiktoken|spm|bpe|vocab|codes)"
+)
+_DECIDES_CLASS = ("model_type", "tokenizer_class")  # in a folder's config.json
 
 
 def find_prepared(cache: Path, identity: str) -> Path | None:
@@ -81,7 +80,17 @@ def tokenizer_identity(settings: DataSettings, model_path: str | None, model_rev
         return [name, settings.tokenizer_revision if settings.tokenizer else model_revision]
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     files = [path for path in found if _TOKENIZER_FILE.fullmatch(path.name.lower()) and path.is_file()]
-    return [[path.name, digest] for path, digest in zip(files, digests_of(files, cache), strict=True)]
+    digests = [[path.name, digest] for path, digest in zip(files, digests_of(files, cache), strict=True)]
+    return [*digests, *_class_of(folder)]
+
+
+def _class_of(folder: Path) -> list[Any]:
+    """Equal files are another tokenizer in the hands of another class, which the model's configuration may choose."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return [config.get(key) for key in _DECIDES_CLASS]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return []
 
 
 def digests_of(files: list[Path], cache: Path) -> list[str]:
@@ -161,5 +170,6 @@ def _keep_digests(path: Path, learnt: dict[str, list]) -> None:
         draft.write_text(json.dumps(dict(list(entries.items())[-MAX_DIGESTS:])), encoding="utf-8")
         draft.replace(path)
     except OSError as error:  # a short cut only; whether documents can be stored will be seen
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
         logger.debug("%s is not kept: %s", path, error)

@@ -98,8 +98,15 @@ def _writes_into(pid: int, number: str, folder: str) -> bool:
 
 def _kill(pid: int, folder: str) -> None:
     """The process that belongs to the folder, and no other that got its number meanwhile."""
-    with contextlib.suppress(OSError):
-        process = os.pidfd_open(pid)
+    with contextlib.suppress(ProcessLookupError):
+        try:
+            process = os.pidfd_open(pid)
+        except ProcessLookupError:
+            raise
+        except (OSError, AttributeError):  # an older kernel, or a sandbox that forbids it
+            if _belongs(pid, folder):
+                os.kill(pid, signal.SIGKILL)
+            return
         try:
             if _belongs(pid, folder):
                 signal.pidfd_send_signal(process, signal.SIGKILL)

@@ -8,6 +8,7 @@ one.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -15,7 +16,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -59,11 +60,23 @@ def prepare(
     `model_path` is where the tokenizer comes from if the settings name none."""
     encoder = Encoder(settings, model_path, model_revision)
     cache = expanded(settings.cache)
-    tokenizer = tokenizer_identity(settings, model_path, model_revision, cache)
-    return tuple(_prepare_source(settings, n, encoder, tokenizer, vocab_size) for n in range(len(settings.sources)))
+    identify = functools.partial(tokenizer_identity, settings, model_path, model_revision, cache)
+    try:
+        tokenizer = identify()
+    except OSError as error:
+        raise SettingsError(f"data.tokenizer: cannot be looked up: {error.strerror}: {error.filename}") from error
+    known = (encoder, tokenizer, lambda: identify() == tokenizer)
+    return tuple(_prepare_source(settings, n, *known, vocab_size) for n in range(len(settings.sources)))
 
 
-def _prepare_source(settings: DataSettings, number: int, encoder: Encoder, tokenizer: object, vocab_size: int) -> Path:
+def _prepare_source(
+    settings: DataSettings,
+    number: int,
+    encoder: Encoder,
+    tokenizer: object,
+    is_same_tokenizer: Callable[[], bool],
+    vocab_size: int,
+) -> Path:
     source = settings.sources[number]
     name = f"data.sources[{number}] ({source.path})"
     cache = expanded(settings.cache)
@@ -76,17 +89,20 @@ def _prepare_source(settings: DataSettings, number: int, encoder: Encoder, token
         digests = None if files is None else digests_of(paths, cache)
     except OSError as error:
         raise DataError(f"{name}: cannot be looked up: {error.strerror or error}: {error.filename}") from error
-    known = None if files is None or digests is None else list(zip(files, digests, strict=True))
+    known = None if files is None else list(zip(files, digests, strict=True))
     if source.path != "python-stdlib":
-        _say_twins(name, known or [])
+        _say_twins(name, known or [], [size for size, *_ in stamps])
     own = identity(settings, source, known, tokenizer, vocab_size)
     folder = cache / own
     try:
         if not find_prepared(cache, own):
             _remove_leftovers(cache)
             described = {"identity": own, "files": [[file.name, digest] for file, digest in known or []]}
-            _make_folder(folder, settings, name, source, files, stamps, encoder, vocab_size, described)
+            is_same = lambda: stamps_of(paths) == stamps and is_same_tokenizer()  # noqa: E731
+            _make_folder(folder, settings, name, source, files, is_same, encoder, vocab_size, described)
     except OSError as error:
+        if folder.exists() and not find_prepared(cache, own):
+            raise SettingsError(f"data.cache: {folder} holds no prepared documents; delete it") from error
         raise SettingsError(f"data.cache: cannot write {folder}: {error.strerror or error}") from error
     _describe(name, folder)
     return folder
@@ -112,16 +128,17 @@ def _describe(name: str, folder: Path) -> None:
         logger.warning("%s: without rows: %s", name, _few(meta["without_rows"]))
 
 
-def _say_twins(name: str, known: list[tuple[DataFile, str]]) -> None:
+def _say_twins(name: str, known: list[tuple[DataFile, str]], sizes: list[int]) -> None:
     """What lies there twice, as a link or packed and unpacked, is trained on twice."""
     names: dict[str, str] = {}
     twins = []
-    for file, digest in known:
+    for (file, digest), size in zip(known, sizes, strict=True):
         unpacked = file.name[: len(file.name) - len(file.compression)] if file.compression else file.name
-        keys = {f"name {unpacked}"} | ({digest} if digest != UNREADABLE and file.path.stat().st_size else set())
+        keys = [f"name {unpacked}"] + ([digest] if digest != UNREADABLE and size else [])
         other = next((names[key] for key in keys if key in names), None)
         twins += [f"{other!r} and {file.name!r}"] if other is not None else []
-        names |= dict.fromkeys(keys - names.keys(), file.name)
+        for key in keys:
+            names.setdefault(key, file.name)
     if twins:
         logger.warning(
             "%s: %d files look the same as others of it, and are trained on as well: %s%s",
@@ -143,7 +160,7 @@ def _make_folder(
     name: str,
     source: SourceSettings,
     files: list[DataFile] | None,
-    stamps: list[list[int]],
+    is_same: Callable[[], bool],
     encoder: Encoder,
     vocab_size: int,
     described: dict,
@@ -156,7 +173,7 @@ def _make_folder(
         with _Store(unfinished, "uint16" if vocab_size <= 1 << 16 else "uint32") as store:
             _store_documents(name, read_source(name, source, files), encoder, vocab_size, store, seen)
             seen.check(source, store)
-            if stamps_of([file.path for file in files or []]) != stamps:
+            if not is_same():
                 raise DataError(f"{name}: files changed while they were read; start again when they are complete")
             store.finish({"source": source.path, **described, **seen.facts()})
         try:
@@ -273,7 +290,7 @@ class _Seen:
             )
         self._is_text = isinstance(document.content, str)
         columns = (document.unused, document.ignored)
-        if columns is not self._columns and columns != self._columns:
+        if columns != self._columns:
             self._columns = columns
             self._unused.update(dict.fromkeys(document.unused))
             self._ignored.update(document.ignored)

@@ -290,7 +290,11 @@ def _kept(folder: Path) -> str:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # somebody may be writing still
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _write(path: Path, text: str) -> None:

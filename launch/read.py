@@ -15,6 +15,7 @@ import lzma
 import re
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -136,8 +137,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Problem:
     columns = dict(pairs)
     if len(columns) == len(pairs):
         return columns
-    names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
+    twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
     return Problem("broken JSON", f"gives column `{twice}` twice; which one counts cannot be known")
 
 

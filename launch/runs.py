@@ -27,7 +27,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from distca.config import FORMULAS, ModelSettings, RunSettings, dump_settings
+from distca.config import FORMULAS, ModelSettings, RunSettings, dump_settings, validate_settings
 from distca.errors import DataError, SettingsError, first_line
 from distca.hardware import read_hardware, write_hardware
 from distca.launch.data import read_meta
@@ -62,7 +62,8 @@ def absolute_paths(settings: RunSettings) -> RunSettings:
     values = settings.model_dump()
     data, model = values["data"], values["model"]
     model["path"] = _absolute(model["path"])
-    data["tokenizer"] = _absolute(data["tokenizer"])
+    if data["tokenizer"] != "bytes":
+        data["tokenizer"] = _absolute(data["tokenizer"])
     data["cache"] = _absolute(data["cache"], local=True)
     for source in data["sources"]:
         if source["format"] != "hub":
@@ -70,7 +71,7 @@ def absolute_paths(settings: RunSettings) -> RunSettings:
     values["monitor"]["folder"] = _absolute(values["monitor"]["folder"], local=True)
     if values["planner"]["cost"] not in FORMULAS:
         values["planner"]["cost"] = _absolute(values["planner"]["cost"], local=True)
-    return RunSettings.model_validate(values)
+    return validate_settings(values)
 
 
 def _absolute(name: str | Path | None, local: bool = False) -> str | None:

@@ -39,13 +39,16 @@ class _Listener:
 
     def __init__(self) -> None:
         self.asked = threading.Event()
-        self.finishing = False
+        self.finishing = self.ending = False
+        self._timer: threading.Timer | None = None
         self.holds, self._held_since, self._pending = 0, 0.0, False
         self._heard = -SAME_S
 
     def hear(self, number: int, _frame: object) -> None:
         if number == signal.SIGHUP:
             _say("the terminal is gone; this goes on without it")
+            return
+        if self.ending:
             return
         again, before = self.asked.is_set(), self._heard
         self._heard = time.monotonic()
@@ -62,7 +65,7 @@ class _Listener:
         if not self._pending:
             return
         if self.holds and (left_s := self._held_since + PATIENCE_S - time.monotonic()) > 0:
-            _ask_again_in(left_s)
+            self._ask_again_in(left_s)
             return
         self._pending = False
         raise KeyboardInterrupt
@@ -75,14 +78,25 @@ class _Listener:
     def let_go(self) -> None:
         self.holds -= 1
         if not self.holds:
+            self.forget()
             self.heed()
 
+    def forget(self) -> None:
+        """Nobody is to be asked again."""
+        if self._timer:
+            self._timer.cancel()
+
+    def _ask_again_in(self, seconds: float) -> None:
+        self.forget()
+        self._timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
+        self._timer.daemon = True
+        self._timer.start()
 
     def unraisable(self, found: sys.UnraisableHookArgs) -> None:
         """Python was where no exception gets out, as in the callback of a weak reference: ask again, a moment later."""
         if self.asked.is_set() and issubclass(found.exc_type, KeyboardInterrupt):
             self._pending = True
-            _ask_again_in(AGAIN_S)
+            self._ask_again_in(AGAIN_S)
         else:
             sys.__unraisablehook__(found)
 
@@ -108,6 +122,7 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
+        _listener.forget()
         sys.unraisablehook = hook
         # after the command of a process nothing is to be stopped any more, and Python's own ending takes a second
         _set({number: signal.SIG_IGN if handler is _leave else handler for number, handler in handlers.items()})
@@ -137,21 +152,22 @@ def deaf() -> Iterator[None]:
 def finishing() -> threading.Event:
     """Set when somebody asks; until the command's end it is ours to heed. Raises if somebody has asked before."""
     with held():
-        if was_asked():  # and some library took the exception for its own
-            raise KeyboardInterrupt
         _listener.finishing = True
+        if _listener.asked.is_set():  # and some library took the exception for its own
+            _listener.finishing = False
+            raise KeyboardInterrupt
     return _listener.asked
+
+
+def ending() -> None:
+    """The command is over, well or not: what is asked now changes nothing."""
+    _listener.ending = True
+    _listener.forget()
 
 
 def was_asked() -> bool:
     """Whether the command was asked to stop before `finishing`."""
     return _listener.asked.is_set() and not _listener.finishing
-
-
-def _ask_again_in(seconds: float) -> None:
-    again = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
-    again.daemon = True
-    again.start()
 
 
 def _set(handlers: dict) -> dict:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ def _runs_of_groups(meta: pq.FileMetaData, sizes: Sequence[int]) -> Iterator[tup
         if run and run_bytes + num_bytes > BATCH_BYTES:
             yield run, _batch_rows(run_rows, run_bytes)
             run, run_rows, run_bytes = [], 0, 0
-        run, run_rows, run_bytes = [*run, group], run_rows + num_rows, run_bytes + num_bytes
+        run.append(group)
+        run_rows, run_bytes = run_rows + num_rows, run_bytes + num_bytes
     if run:
         yield run, _batch_rows(run_rows, run_bytes)
 
@@ -223,9 +225,9 @@ def read_hub(name: str, source: SourceSettings) -> Iterator[Found]:
 
 def _column_problem(names: Sequence[str], source: SourceSettings) -> Problem | None:
     """What is wrong with a table's every row."""
-    for name in names:
-        if names.count(name) > 1:
-            return Problem("a column twice", f"has column `{name}` twice; which one counts cannot be known")
+    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
+    if count > 1:
+        return Problem("a column twice", f"has column `{name}` twice; which one counts cannot be known")
     if not columns_to_read(names, source):
         problem = document_of({}, source, tuple(names))
         assert isinstance(problem, Problem)

@@ -80,7 +80,7 @@ def train(settings: RunSettings, console: Console, insecure: bool = False) -> Pa
     _refuse_folder(settings.monitor.folder)
     documents = _prepare(settings, config, console)
     first_step_with_targets(settings, documents)  # refused before anything is started
-    with _new_folder(settings) as folder:
+    with _new_folder(settings) as folder, _accounted(folder):
         console.print(f"[bold]run[/] {escape(str(folder))}", highlight=False)
         keep_model(folder, settings, config, documents)
         settings = with_kernel_times(settings, folder)
@@ -106,7 +106,8 @@ def resume(folder: Path, overrides: list[str], console: Console, insecure: bool 
     console.print(f"[bold]resuming[/] {escape(str(folder))} after step {checkpoint.step}", highlight=False)
     for change in changes:
         console.print(f"[bold]changed[/]  {escape(change)}, from step {checkpoint.step + 1} on", highlight=False)
-    _run(settings, working, folder, documents, checkpoint, console, insecure)
+    with _accounted(folder):
+        _run(settings, working, folder, documents, checkpoint, console, insecure)
     return folder
 
 
@@ -204,7 +205,7 @@ def _run(
     `run_file` is what the run's file says, `settings` what its workers go by: after `start` the run's own model."""
     steps, done = settings.train.steps, start.step if start else 0
     cursor = Cursor(*start.facts["cursor"]) if start else Cursor()
-    with _accounted(folder), _team(settings, folder, documents, console, insecure) as team:
+    with _team(settings, folder, documents, console, insecure) as team:
         if start:
             _ask(team.trainers, "load", start.path, what="loading the checkpoint")
         else:

@@ -32,6 +32,7 @@ ROPE_TYPES = {  # what must be given, and what may be, beside the type and rope_
     ),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
 }
+ROPE_BOOKKEEPING = ("finetuned",)  # of published configurations; read by nobody
 ROPE_OLD_NAMES = {"su": "longrope"}
 ROPE_KEYS = ("rope_type", "rope_theta", "partial_rotary_factor") + tuple(
     sorted({key for required, optional in ROPE_TYPES.values() for key in required + optional})
@@ -60,7 +61,10 @@ def near_misses(raw: dict[str, Any], known: Collection[str], elsewhere: Collecti
     return [
         f"no such key {key!r}; did you mean {near[0]!r}?"
         for key in raw
-        if key not in known and key not in elsewhere and (near := difflib.get_close_matches(key, known, 1, NEAR))
+        if key not in known
+        and key not in elsewhere
+        and (near := difflib.get_close_matches(key, known, 1, NEAR))
+        and raw.get(near[0]) != raw[key]  # published files say some things twice
     ]
 
 
@@ -128,6 +132,7 @@ def rope_problems(family: str, raw: dict[str, Any]) -> list[str]:
 
 
 def _one_rope(path: str, family: str, rope: dict[str, Any]) -> list[str]:
+    rope = {key: value for key, value in rope.items() if key not in ROPE_BOOKKEEPING}
     both = [rope[key] for key in ("rope_type", "type") if rope.get(key) is not None]
     if len(both) == 2 and both[0] != both[1]:
         return [f"{path}: rope_type {both[0]!r} and type {both[1]!r} differ"]

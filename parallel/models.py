@@ -86,7 +86,7 @@ def read_config(path: str | None, config: dict | None, revision: str | None = No
     problems = _unknown_keys(raw, family, written_here=config is not None, where=where)
     problems += value_problems(raw) + rope_problems(family, raw)
     for key in ("hidden_act", "hidden_activation"):
-        if raw.get(key) is not None and raw[key] not in ACT2FN and key in _fields_of(family):
+        if raw.get(key) is not None and key in _fields_of(family) and not _is_activation(raw[key]):
             near = difflib.get_close_matches(str(raw[key]), ACT2FN, 1)
             problems.append(f"{key} = {raw[key]!r} is no activation" + (f"; did you mean {near[0]!r}?" if near else ""))
     if problems:
@@ -99,6 +99,8 @@ def read_config(path: str | None, config: dict | None, revision: str | None = No
                 found = AutoConfig.from_pretrained(_expand(path), revision=revision, trust_remote_code=False)
         except Exception as error:  # whatever a class makes of values it did not expect
             raise SettingsError(f"{where}: {_field_words(error, raw) or reason(error)}") from None
+    if "sliding_attention" in (getattr(found, "layer_types", None) or ()) and not hasattr(found, "sliding_window"):
+        raise SettingsError(f"{where}: layer_types has sliding_attention, which a {family} model does not know")
     if "sliding_attention" in (getattr(found, "layer_types", None) or ()) and found.sliding_window is None:
         switch = " and use_sliding_window: true" if hasattr(found, "use_sliding_window") else ""
         raise SettingsError(f"{where}: layer_types has sliding_attention: give sliding_window{switch}")
@@ -207,6 +209,10 @@ def _unknown_keys(raw: dict[str, Any], family: str, *, written_here: bool, where
     if not problems and (rest := [key for key, value in judged.items() if key not in known and value not in off]):
         logger.warning("%s: %s has keys that a %s model does not read: %s", where, CONFIG_FILE, family, ", ".join(rest))
     return problems
+
+
+def _is_activation(name: Any) -> bool:
+    return isinstance(name, str) and name in ACT2FN
 
 
 def mapping_of(config: PretrainedConfig) -> dict[str, Any]:

@@ -132,6 +132,9 @@ def test_a_run_file_that_cannot_be_read_is_refused(tmp_path):
         ("name: 2001-13-45\n", "month must be in 1..12"),
         ("[" * 5000, "recursion"),
         ("a: [", "line 1, column 5: "),
+        ("train: {steps: !!int ''}\n", "index out of range"),
+        ("train: {steps: !!bool x}\n", "x"),
+        ("train: !!map [b]\n", "expected a mapping node"),
     ],
 )
 def test_what_nobody_means_is_no_run_file(tmp_path, text, sentence):

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]  # several runs, on any machine
 
 MOMENTS = int(os.environ.get("DISTCA_TEST_MOMENTS", 6))
 AT_ONCE = 2  # commands that run at the same time

@@ -18,7 +18,7 @@ from team import TINY_LLAMA
 
 from distca.launch.publish import newest
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]  # several runs, on any machine
 
 DISTCA = str(Path(sys.executable).with_name("distca"))
 STEPS, SAVED = 4, 2

@@ -29,12 +29,12 @@ from distca.launch.publish import newest
 from distca.metrics import METRICS
 from distca.order import Cursor
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]  # several runs, on any machine
 
 DISTCA = [sys.executable, "-m", "distca.launch.entry"]  # as the script `distca` does
 MARK = "DISTCA_TEST_RUN"  # in the environment of a command and of all that it starts
 STEPS, EVERY, KEEP = 16, 3, 2
-START_S, END_S = 200, 15
+START_S, END_S = 500, 15
 MODEL = dict(
     model_type="llama",
     vocab_size=259,

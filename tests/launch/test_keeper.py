@@ -2,6 +2,7 @@
 
 Here without Ray: drivers that start sleepers, and sleepers that start more."""
 
+import errno
 import os
 import random
 import signal
@@ -156,3 +157,13 @@ with keeping(sys.argv[1]) as mark:
     driver.wait()
     wait_until_gone(folder, but=[forked])
     os.kill(forked, signal.SIGKILL)
+
+
+def test_where_the_kernel_gives_no_handle_of_a_process_it_is_ended_all_the_same(folder, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.ENOSYS, "not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    child = subprocess.Popen(SLEEP, env=os.environ | {keeper.MARK: str(folder)})
+    assert keeper.end_all_of(str(folder), os.getpid())
+    assert child.wait(60) == -signal.SIGKILL

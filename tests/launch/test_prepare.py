@@ -19,11 +19,11 @@ import transformers
 from documents import as_bytes, data_settings, refusal, stored, write_json_lines
 
 from distca.config import DataSettings
-from distca.errors import DataError
+from distca.errors import DataError, SettingsError
 from distca.launch import identity as identity_module
 from distca.launch import prepare as prepare_module
-from distca.launch.data import META, Corpus
-from distca.launch.identity import DIGESTS, find_prepared, identity_of
+from distca.launch.data import META, Corpus, read_meta
+from distca.launch.identity import DIGESTS, find_prepared, tokenizer_identity
 from distca.launch.prepare import UNFINISHED, prepare
 
 TEXTS = ["one", "zwölf Boxkämpfer", "日本語 🙂", "a\x00b\n"]
@@ -111,7 +111,7 @@ def test_prepared_documents_are_found_without_their_source(tmp_path):
     cache = tmp_path / "cache"
     (folder,) = prepare(data_settings(cache, path), 259)
     path.unlink()
-    assert find_prepared(cache, identity_of(folder)) == folder
+    assert find_prepared(cache, read_meta(folder)["identity"]) == folder
     assert find_prepared(cache, "0" * 32) is None
     assert [name for name, _ in json.loads((folder / META).read_text())["files"]] == ["a.jsonl"]
 
@@ -254,3 +254,35 @@ def test_a_file_that_changes_after_its_digest_was_made_is_not_stored_under_it(tm
     monkeypatch.undo()
     write_json_lines(path, [{"text": "one"}])
     assert stored(settings) == as_bytes(["one"])
+
+
+def test_equal_files_are_another_tokenizer_in_the_hands_of_another_class(tmp_path):
+    """A model's configuration may say which class reads its vocabulary."""
+    identities = []
+    for model_type in ("gpt2", "roberta"):
+        folder = tmp_path / model_type
+        folder.mkdir()
+        (folder / "vocab.json").write_text(json.dumps({"<s>": 0, "a": 1}))
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type, "hidden_size": 8}))
+        settings = data_settings(tmp_path / "cache", "x", tokenizer=str(folder))
+        identities.append(tokenizer_identity(settings, None, None, settings.cache))
+    assert identities[0] != identities[1]
+
+
+def test_a_cache_below_a_file_is_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    path = write_json_lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    with pytest.raises(SettingsError, match="data.cache: cannot write"):
+        prepare(data_settings(tmp_path / "file" / "cache", path), 259)
+
+
+def test_a_folder_that_is_in_the_way_and_one_without_description_are_named(tmp_path):
+    path = write_json_lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    settings = data_settings(tmp_path / "cache", path)
+    (folder,) = prepare(settings, 259)
+    (folder / META).write_text("{}")
+    with pytest.raises(DataError, match="is damaged .*delete the folder"):
+        prepare(settings, 259)
+    (folder / META).unlink()
+    with pytest.raises(SettingsError, match="holds no prepared documents; delete it"):
+        prepare(settings, 259)

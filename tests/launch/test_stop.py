@@ -153,3 +153,32 @@ def test_a_lost_terminal_ends_nothing(command, phase):
     running.process.terminate()
     code, out, _ = running.end()
     assert code == 75 and (phase != "finish" or out[-1] == "saved")
+
+
+ENDED = """
+import os, signal, sys
+from distca.launch import stop
+with stop.listening():
+    stop.ending()
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("told", flush=True)
+sys.exit(3)
+"""
+
+
+def test_what_is_asked_while_a_command_says_how_it_ended_changes_nothing():
+    ended = subprocess.run([sys.executable, "-c", ENDED], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "told\n", "")
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-"])
+def test_a_command_born_without_output_does_its_work(closed):
+    command = f"exec {sys.executable} -m distca.launch.entry settings {closed}"
+    assert subprocess.run(["bash", "-c", command], capture_output=True).returncode == 0
+
+
+def test_signs_that_a_locale_lacks_end_nothing():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    code = "import sys; from distca.launch import cli; sys.exit(cli.run(['settings']))"
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0 and "\\u2026" in ended.stdout, ended.stderr

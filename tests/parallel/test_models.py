@@ -117,6 +117,20 @@ def test_a_near_miss_in_a_folder_is_refused(tmp_path, key):
         read_config(path, None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(layer_types=["sliding_attention", "full_attention"]), "layer_types"),
+        (dict(hidden_act=["silu"]), "hidden_act = ['silu'] is no activation"),
+        (dict(hidden_act={}), "hidden_act = {} is no activation"),
+    ],
+)
+def test_values_that_no_class_foresees_are_refused_in_a_folder_too(tmp_path, changes, sentence):
+    with pytest.raises(SettingsError) as caught:
+        read_config(write_folder(tmp_path, **config_of("llama", **changes)), None)
+    assert sentence in str(caught.value)
+
+
 def test_other_unknown_keys_of_a_folder_are_one_warning(tmp_path, caplog):
     path = write_folder(tmp_path, **config_of("llama"), lm_head_multiplier=3, frobnicate=True, auto_map={"x": "y"})
     with caplog.at_level(logging.WARNING):
@@ -159,7 +173,7 @@ PUBLISHED = {  # the configurations that people download, shortened to what is p
         num_key_value_heads=4, rms_norm_eps=1e-06, rope_theta=1000000.0, sliding_window=131072,
         tie_word_embeddings=False, torch_dtype="bfloat16", transformers_version="4.43.1", use_cache=True,
         use_mrope=False, use_sliding_window=False, vocab_size=152064,
-        rope_scaling=dict(factor=4.0, original_max_position_embeddings=32768, type="yarn"),
+        rope_scaling=dict(factor=4.0, original_max_position_embeddings=32768, type="yarn", finetuned=True),
     ),
     "Qwen 3": dict(
         model_type="qwen3", architectures=["Qwen3ForCausalLM"], attention_bias=False, attention_dropout=0.0,
@@ -176,7 +190,8 @@ PUBLISHED = {  # the configurations that people download, shortened to what is p
         hidden_activation="gelu_pytorch_tanh", hidden_size=2304, initializer_range=0.02, intermediate_size=9216,
         max_position_embeddings=8192, num_attention_heads=8, num_hidden_layers=26, num_key_value_heads=4,
         pad_token_id=0, query_pre_attn_scalar=256, rms_norm_eps=1e-06, rope_theta=10000.0, sliding_window=4096,
-        torch_dtype="float32", transformers_version="4.42.4", use_cache=True, vocab_size=256000,
+        sliding_window_size=4096, torch_dtype="float32", transformers_version="4.42.4", use_cache=True,
+        vocab_size=256000,
     ),
     "Gemma 3 1B": dict(
         model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], attention_bias=False, attention_dropout=0.0,
@@ -219,7 +234,7 @@ PUBLISHED = {  # the configurations that people download, shortened to what is p
 def test_published_configurations_pass_and_say_nothing_that_nobody_can_act_on(tmp_path, caplog, name):
     with caplog.at_level(logging.WARNING):
         config = read_config(write_folder(tmp_path, **PUBLISHED[name]), None)
-    unread = ["full_attn_mod, interpolate_factor"] if name == "Phi 4 mini" else []
+    unread = {"Phi 4 mini": ["full_attn_mod, interpolate_factor"], "Gemma 2": ["sliding_window_size"]}.get(name, [])
     assert [record.getMessage().rpartition("does not read: ")[2] for record in caplog.records] == unread
     assert len(layers_of(config)) == PUBLISHED[name]["num_hidden_layers"]
 
