@@ -166,7 +166,7 @@ def read_meta(folder: Path) -> dict:
     """What a prepared folder says about itself."""
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        if not isinstance(meta, dict) or "version" not in meta:
+        if not isinstance(meta, dict) or not {"documents", "tokens", "targets"} <= meta.keys():
             raise ValueError("it describes no documents")
         return meta
     except ValueError as error:
