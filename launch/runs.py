@@ -35,7 +35,7 @@ from distca.launch.encode import load_tokenizer, tokenizer_name
 from distca.launch.identity import find_prepared
 from distca.launch.publish import Published
 from distca.parallel.models import mapping_of, read_config
-from distca.paths import looks_local
+from distca.paths import expanded, looks_local
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def absolute_paths(settings: RunSettings) -> RunSettings:
 def _absolute(name: str | Path | None, local: bool = False) -> str | None:
     if name is None:
         return None
-    name, place = str(name), os.path.expanduser(name)
+    name, place = str(name), expanded(name)
     if glob.has_magic(name) and not local and not os.path.exists(place):
         return os.path.join(glob.escape(str(Path.cwd())), place)  # only what was written is a pattern
     if local or looks_local(name) or os.path.exists(place):

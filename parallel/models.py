@@ -11,7 +11,6 @@ import copy
 import difflib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from distca.errors import SettingsError, Unsupported
 from distca.kernels.capability import refusal
 from distca.parallel.attach import CHECKED, NAME, AttentionCall, dry_run
 from distca.parallel.model_keys import SOFTCAPS, key_problems, near_misses, rope_problems, value_problems
-from distca.paths import looks_local
+from distca.paths import expanded, looks_local
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +95,13 @@ def read_config(path: str | None, config: dict | None, revision: str | None = No
             if config is not None:
                 found = AutoConfig.for_model(**raw)
             else:
-                found = AutoConfig.from_pretrained(_expand(path), revision=revision, trust_remote_code=False)
+                found = AutoConfig.from_pretrained(str(expanded(path)), revision=revision, trust_remote_code=False)
         except Exception as error:  # whatever a class makes of values it did not expect
             raise SettingsError(f"{where}: {_field_words(error, raw) or reason(error)}") from None
-    if "sliding_attention" in (getattr(found, "layer_types", None) or ()) and not hasattr(found, "sliding_window"):
+    has_windows = "sliding_attention" in (getattr(found, "layer_types", None) or ())
+    if has_windows and not hasattr(found, "sliding_window"):
         raise SettingsError(f"{where}: layer_types has sliding_attention, which a {family} model does not know")
-    if "sliding_attention" in (getattr(found, "layer_types", None) or ()) and found.sliding_window is None:
+    if has_windows and found.sliding_window is None:
         switch = " and use_sliding_window: true" if hasattr(found, "use_sliding_window") else ""
         raise SettingsError(f"{where}: layer_types has sliding_attention: give sliding_window{switch}")
     rope = getattr(found, "rope_parameters", None) or {}
@@ -167,7 +167,7 @@ def reason(error: BaseException) -> str:
 
 def _read_folder(path: str, revision: str | None) -> Any:
     """config.json as it is written."""
-    where = _expand(path)
+    where = str(expanded(path))
     if looks_local(path):
         folder = Path(where)
         if not folder.exists():
@@ -183,10 +183,6 @@ def _read_folder(path: str, revision: str | None) -> Any:
     except Exception as error:
         raise SettingsError(f"model: no configuration from {path}: {reason(error)}") from None
     return raw
-
-
-def _expand(path: str) -> str:
-    return os.path.expanduser(path) if looks_local(path) else path
 
 
 def _unknown_keys(raw: dict[str, Any], family: str, *, written_here: bool, where: str) -> list[str]:
@@ -242,7 +238,7 @@ def _refuse_special_ids(config: PretrainedConfig, raw: dict[str, Any], where: st
 
 def _refuse_generation_ids(config: PretrainedConfig, path: str) -> None:
     """The same for what a folder says about generation, which an export hands on."""
-    file = Path(_expand(path)) / GENERATION_FILE
+    file = expanded(path) / GENERATION_FILE
     if not file.is_file():
         return
     try:
@@ -323,7 +319,7 @@ def layers_of(config: PretrainedConfig, where: str = "model.config") -> list[Att
 
 def check_weights(config: PretrainedConfig, path: str) -> None:
     """Refuse a folder whose weights are not those of the model: only headers are read."""
-    folder = Path(_expand(path))
+    folder = expanded(path)
     found = _headers(folder, path)
     wrong = {str(x.dtype).removeprefix("torch.") for x in found.values() if x.dtype not in WEIGHT_DTYPES}
     if wrong:
@@ -429,7 +425,7 @@ def build_model(
         with without_advice():
             try:
                 model, report = AutoModelForCausalLM.from_pretrained(
-                    _expand(path), attn_implementation=attention, **options
+                    str(expanded(path)), attn_implementation=attention, **options
                 )
             except Exception as error:  # files, the network, and what PyTorch says of shapes
                 raise SettingsError(f"model.path: no weights from {path}: {reason(error)}") from None
