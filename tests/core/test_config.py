@@ -84,6 +84,7 @@ def test_every_error_is_reported_at_once_with_its_path_and_what_is_allowed():
         (dict(train=True), "train: Input should be a valid dictionary"),
         (dict(monitor=dict(folder="")), "monitor.folder: empty: give a path, or leave it out"),
         (dict(model=dict(path="")), "model.path: String should have at least 1 character"),
+        (dict(data=dict(sources=[dict(path="a", column="\0")])), "data.sources[0].column: holds a NUL character"),
         (dict(train=dict(clip_grad_norm=float("nan"))), "train.clip_grad_norm: Input should be a finite number, "),
         (dict(name="a/b"), "name: String should match pattern"),
         (dict(model=dict(path="x")), "model: give either `path`"),
