@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -88,11 +88,26 @@ class Header:
             raise Damaged("a header arrived damaged (checksum)")
         return Header(*words)
 
+    def key(self) -> tuple[int, int, int]:
+        """Which call it belongs to."""
+        return self.step, self.call, self.kind
+
+    def name(self) -> str:
+        """The same for people."""
+        return f"{KIND_NAMES.get(self.kind)} call {self.call} of micro-batch {self.step}"
+
     def asks_the_same(self, other: Header) -> bool:
         """Whether both ask for the same computation; what concerns their links and payloads may differ."""
         return replace(self, received=0, payload_bytes=0, checksum=0) == replace(
             other, received=0, payload_bytes=0, checksum=0
         )
+
+
+class Rows(NamedTuple):
+    """Some rows of a tensor, to be sent: they are gathered where the message is written."""
+
+    of: torch.Tensor  # (T, ...)
+    index: torch.Tensor  # (N,) int64
 
 
 class Link(Protocol):
@@ -101,21 +116,27 @@ class Link(Protocol):
     bytes_sent: int
     bytes_received: int
 
-    def send(self, header: Header, tensors: Sequence[torch.Tensor] = ()) -> None:
+    def send(self, header: Header, tensors: Sequence[torch.Tensor | Rows] = ()) -> None:
         """Post a message; returns before it has arrived. The tensors may change afterwards."""
 
     def wait_message(self) -> tuple[Header, torch.Tensor]:
         """Wait for the next message: its header and its payload, (bytes,) uint8. Raises LinkError."""
 
 
-def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def pack(tensors: Sequence[torch.Tensor | Rows]) -> torch.Tensor:
     """Tensors end to end as bytes, each starting at a multiple of 16: (bytes,) uint8. Its inverse is `unpack`."""
-    sizes = [_padded(t.numel() * t.element_size()) for t in tensors]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    payload = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    for tensor, part in zip(tensors, payload.split(sizes), strict=True):
-        size = tensor.numel() * tensor.element_size()
-        part[:size].view(tensor.dtype).copy_(tensor.reshape(-1))
+    whole = [x.of if isinstance(x, Rows) else x for x in tensors]
+    shapes = [(len(x.index), *x.of.shape[1:]) if isinstance(x, Rows) else x.shape for x in tensors]
+    sizes = [torch.Size(shape).numel() * x.element_size() for shape, x in zip(shapes, whole, strict=True)]
+    device = whole[0].device if whole else torch.device("cpu")
+    payload = torch.empty(sum(map(_padded, sizes)), dtype=torch.uint8, device=device)
+    parts = payload.split([_padded(size) for size in sizes])
+    for x, part, size, shape, tensor in zip(tensors, parts, sizes, shapes, whole, strict=True):
+        place = part[:size].view(tensor.dtype).view(shape)
+        if isinstance(x, Rows):
+            torch.index_select(x.of, 0, x.index, out=place)
+        else:
+            place.copy_(x)
         part[size:] = 0
     return payload
 
