@@ -27,6 +27,7 @@ import torch
 
 from distca.kernels.delta import delta_of
 from distca.kernels.merge import merge, statistics_dtype
+from distca.kernels.rows import Part, scatter
 from distca.masks import MaskRule
 from distca.parallel.link import (
     BACKWARD,
@@ -254,8 +255,7 @@ class CoreAttention:
                 rows, part, part_lse = at.q_rows[at.alone], part[at.alone], part_lse[at.alone]
             else:
                 rows = at.q_rows
-            out.index_copy_(0, rows, part)
-            lse.index_copy_(0, rows, part_lse)
+            scatter([Part(out, rows, part), Part(lse, rows, part_lse)])
         if len(shared):
             out.index_copy_(0, shared, some_out.to(q.dtype))
             lse.index_copy_(0, shared, some_lse)

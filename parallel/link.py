@@ -25,6 +25,8 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 
+from distca.kernels.rows import Part, gather
+
 PLAN, FORWARD, BACKWARD, REPLY, FAILURE = range(1, 6)
 KIND_NAMES = {PLAN: "plan", FORWARD: "forward", BACKWARD: "backward", REPLY: "reply", FAILURE: "failure"}
 DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16, 4: torch.float64}
@@ -107,7 +109,7 @@ class Rows(NamedTuple):
     """Some rows of a tensor, to be sent: they are gathered where the message is written."""
 
     of: torch.Tensor  # (T, ...)
-    index: torch.Tensor  # (N,) int64
+    index: torch.Tensor | None  # (N,) int64; None is all of them
 
 
 class Link(Protocol):
@@ -125,19 +127,20 @@ class Link(Protocol):
 
 def pack(tensors: Sequence[torch.Tensor | Rows]) -> torch.Tensor:
     """Tensors end to end as bytes, each starting at a multiple of 16: (bytes,) uint8. Its inverse is `unpack`."""
-    whole = [x.of if isinstance(x, Rows) else x for x in tensors]
-    shapes = [(len(x.index), *x.of.shape[1:]) if isinstance(x, Rows) else x.shape for x in tensors]
-    sizes = [torch.Size(shape).numel() * x.element_size() for shape, x in zip(shapes, whole, strict=True)]
-    device = whole[0].device if whole else torch.device("cpu")
+    rows = [x if isinstance(x, Rows) else Rows(x, None) for x in tensors]
+    shapes = [x.of.shape if x.index is None else (len(x.index), *x.of.shape[1:]) for x in rows]
+    sizes = [torch.Size(shape).numel() * x.of.element_size() for shape, x in zip(shapes, rows, strict=True)]
+    device = rows[0].of.device if rows else torch.device("cpu")
     payload = torch.empty(sum(map(_padded, sizes)), dtype=torch.uint8, device=device)
-    parts = payload.split([_padded(size) for size in sizes])
-    for x, part, size, shape, tensor in zip(tensors, parts, sizes, shapes, whole, strict=True):
-        place = part[:size].view(tensor.dtype).view(shape)
-        if isinstance(x, Rows):
-            torch.index_select(x.of, 0, x.index, out=place)
+    gathered = []
+    for x, size, shape, part in zip(rows, sizes, shapes, payload.split([_padded(s) for s in sizes]), strict=True):
+        place = part[:size].view(x.of.dtype).view(shape)
+        if x.index is None:
+            place.copy_(x.of)
         else:
-            place.copy_(x)
+            gathered.append(Part(x.of, x.index, place))
         part[size:] = 0
+    gather(gathered)
     return payload
 
 

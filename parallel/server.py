@@ -11,7 +11,8 @@ A *dedicated* server has threads of its own for plans, computing and sending, so
 receiving. One *in place* has none: the trainer that it lives with computes its calls (`serve_call`) while it waits for
 its own, in the order in which all trainers make them.
 
-Plans are made ahead of the rows, from the same integers as the trainers', and a trainer whose digest differs is refused.
+Plans are made ahead of the rows, from the same integers as the trainers', and a trainer whose digest differs is
+refused.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 
 from distca.kernels.attention import attend, attend_backward
 from distca.kernels.merge import statistics_dtype
+from distca.kernels.rows import Part, scatter
 from distca.masks import Bands
 from distca.parallel.link import (
     BACKWARD,
@@ -164,7 +166,7 @@ class AttentionServer:
         return len(self._waiting.get(header.key(), ())) == self._expected(self.route_of(header))
 
     def serve_call(self, header: Header, own: list[torch.Tensor] | None) -> list[Rows]:
-        """Compute a call whose rows `wait_rows` has seen, and answer the other trainers: the answer to one's `own` rows,
+        """Compute a call whose rows `wait_rows` has seen and answer the other trainers; the answer to one's `own` rows,
         if any."""
         route, result = self.route_of(header), []
         with self._changed:
@@ -298,8 +300,8 @@ class AttentionServer:
                 received = own
             else:
                 received = unpack(parts[at.rank][1], request_shapes(header, len(at.q_rows), len(at.kv_rows)))
-            for name, x, part in zip(REQUEST_ROWS, whole, received, strict=False):
-                x.index_copy_(0, at.kv_rows if name in ("k", "v") else at.q_rows, part)
+            index = [at.kv_rows if name in ("k", "v") else at.q_rows for name in REQUEST_ROWS[: len(whole)]]
+            scatter([Part(*moved) for moved in zip(whole, index, received, strict=True)])
         return whole
 
     @contextmanager
