@@ -13,10 +13,11 @@ document must come out as from the stock model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from distca.errors import Unsupported
 from distca.kernels.attention import attend
 from distca.masks import Bands, MaskRule, bands_of
+from distca.parallel.strands import run_strands
 
 # Shape suffixes: T packed rows, H query heads, G key/value heads, D head size, V vocabulary.
 
@@ -202,6 +204,19 @@ class PackedCausalLM(torch.nn.Module):
     def _loss(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         logits_TV = self.logits(hidden)
         return torch.nn.functional.cross_entropy(logits_TV, target, ignore_index=-100, reduction="sum")
+
+
+class StrandedCausalLM(PackedCausalLM):
+    """The same over one or more nano-batches, each on a strand of its own.
+
+    DeepSpeed enters it once: what it does around a forward, such as noting in which order ZeRO 3 needs the weights, is
+    about all strands together."""
+
+    def forward(self, nano_batches: Sequence[dict[str, Any]]) -> torch.Tensor:
+        """Arguments of `PackedCausalLM` for each -> their summed loss."""
+        losses = run_strands([partial(super(StrandedCausalLM, self).forward, **batch) for batch in nano_batches])
+        # one node, so that backward finds all strands' ends at once: in a chain of sums one would wait for another
+        return torch.stack(losses).sum()
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -36,6 +36,7 @@ from distca.parallel.link import (
     unpack,
 )
 from distca.parallel.server import reply_shapes
+from distca.parallel.strands import hand_over
 from distca.plan import PlanInputs
 from distca.routes import TrainerRoute
 
@@ -61,6 +62,7 @@ class Exchange:
     def __init__(self, rank: int, links: dict[int, Link]):
         self.rank, self.links = rank, links
         self.statistics = CallStatistics()
+        self._early: dict[tuple[int, int, int], torch.Tensor] = {}  # (server, step, call) -> payload of a reply
 
     def take_statistics(self) -> CallStatistics:
         """What happened since the last call of this method."""
@@ -90,16 +92,23 @@ class Exchange:
         """Yield (server's rows, tensors) in the plan's order of servers, whatever order they arrive in."""
         for at in route.links:
             start = time.perf_counter()
-            reply, payload = self._wait_message(at.server)
+            payload = self._wait_reply(at.server, header)
             self.statistics.wait_s += time.perf_counter() - start
+            yield at, unpack(payload, reply_shapes(header, len(at.q_rows), len(at.kv_rows)))
+
+    def _wait_reply(self, server: int, header: Header) -> torch.Tensor:
+        """The server's answer to a call; those to other calls, which need fewer trainers' rows, may come before it."""
+        while (server, header.step, header.call) not in self._early:
+            reply, payload = self._wait_message(server)
             if reply.kind == FAILURE:
                 raise LinkError(payload.cpu().numpy().tobytes().rstrip(b"\0").decode())
-            if (reply.kind, reply.step, reply.call) != (REPLY, header.step, header.call):
+            if reply.kind != REPLY:
                 raise LinkError(
-                    f"rank {self.rank} waits for call {header.call} of micro-batch {header.step}, server {at.server} "
-                    f"answers {reply}"
+                    f"rank {self.rank} waits for call {header.call} of micro-batch {header.step}, server {server} "
+                    f"sends {reply}"
                 )
-            yield at, unpack(payload, reply_shapes(header, len(at.q_rows), len(at.kv_rows)))
+            self._early[server, reply.step, reply.call] = payload
+        return self._early.pop((server, header.step, header.call))
 
     def _wait_message(self, server: int):
         try:
@@ -135,6 +144,7 @@ class CoreAttention:
         """softmax(q k^T) v under `rule`, exact over documents that span ranks: (T, H, D)."""
         call = next(self._calls)
         token = begin(q_THD, k_TGD, v_TGD, self._site, call, rule.window, scale, softcap)
+        hand_over()
         out_THD, _lse = end(token, q_THD.detach(), k_TGD.detach(), v_TGD.detach(), self._site, call)
         return out_THD
 

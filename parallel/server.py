@@ -155,7 +155,7 @@ class AttentionServer:
         with self._lock:
             if len(self._announced) < num_ranks:
                 return
-            oldest = min(self._announced.values())
+            oldest = min(self._announced.values()) // 2 * 2  # the two micro-batches of a pass run at once
             self._routes = {step: routes for step, routes in self._routes.items() if step >= oldest}
             self._waiting = {key: parts for key, parts in self._waiting.items() if key[0] >= oldest}
 
