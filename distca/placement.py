@@ -1,7 +1,8 @@
 """Which rank holds which rows?
 
-Every rank holds the same number of rows, up to one. Which documents lie where is free: their order inside one optimizer step does
-not change the gradient. So documents are placed where their attention is cheap to share out, longest first:
+Every rank holds the same number of rows, up to one. Which documents lie where is free: their order inside one
+optimizer step does not change the gradient. So documents are placed where their attention is cheap to share out,
+longest first:
 
     rank 0   | A rows 0..    |  x  x  x  x |   A     *stripes*: a document of many servers' work is cut into fewer
     rank 1   | A rows 16K..  |  x  x  x  x |         stripes than servers will work on it, each on the rank with

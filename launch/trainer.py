@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -21,16 +21,16 @@ import torch
 import torch.distributed as dist
 
 from distca.config import RunSettings
-from distca.cost import AttentionShape
 from distca.hardware import costs_of, wires_of
-from distca.kernels.merge import statistics_dtype
 from distca.launch.cluster import LOOPBACK, connect_store
 from distca.launch.data import Corpus, DocumentStream, Rows
+from distca.launch.outlook import describe_overlap, outlook_of, shape_of
 from distca.launch.server import Meeting, backend_of, meetings, open_link, pool_of, rss_mib
 from distca.launch.verify import Comparison, Document, compare_with_one_device
 from distca.masks import MaskRule
 from distca.order import Cursor, Pieces
-from distca.parallel.attach import AttentionCall, PackedCausalLM, checkpoint_activations, probe
+from distca.overlap import Decision, decide, halves, num_passes
+from distca.parallel.attach import StrandedCausalLM, checkpoint_activations, probe
 from distca.parallel.core_attention import CallStatistics, CoreAttention, Exchange
 from distca.parallel.engine import DTYPES, Engine, PlainEngine
 from distca.parallel.link import LocalLink
@@ -62,9 +62,11 @@ class PlanSummary:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one trainer needs for a micro-batch; the plan's inputs are the same on all."""
+    """What one trainer needs for a micro-batch, or a nano-batch of its documents; the plan's inputs are the same on
+    all."""
 
     number: int
+    """Even for the first of a pass, one more for the second."""
     inputs: PlanInputs
     digest: int
     routes: dict[MaskRule, tuple[TrainerRoute, TrainerRoute]]  # forward and backward
@@ -74,11 +76,12 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """A step's micro-batches, planned only if there is anything to learn."""
+    """A step's passes, planned only if there is anything to learn."""
 
     step: int
     pieces: list[Pieces]
-    micro_batches: list[MicroBatch]
+    passes: list[tuple[MicroBatch, ...]]
+    """What one backward each is about: a nano-batch, or two that take turns."""
     targets: int
     cursor: Cursor
     """Where the next step begins."""
@@ -122,9 +125,9 @@ class Trainer:
         )
 
         m = settings.model
-        config = read_config(m.path, m.config, m.revision)
+        self._config = config = read_config(m.path, m.config, m.revision)
         self._stream = DocumentStream(Corpus(documents), settings.data, settings.seed, settings.tokens_per_micro_batch)
-        self._module = PackedCausalLM(
+        self._module = StrandedCausalLM(
             build_model(config, m.path, m.revision, DTYPES[settings.train.precision], settings.seed),
             settings.train.loss_chunk,
         )
@@ -135,6 +138,7 @@ class Trainer:
         if m.activation_checkpointing:
             checkpoint_activations(self._module.model)
         self._module.train()
+        self._overlap = self._decide_overlap()
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="plan-ahead")
         self._next: Future[StepBatch] | None = None
         self._server: AttentionServer | None = None
@@ -159,7 +163,8 @@ class Trainer:
                 self._server.serve(rank, link)
         self._exchange = Exchange(self._rank, links)
         kind = PlainEngine if self._settings.train.precision == "fp64" else Engine
-        self._engine = kind(self._module, self._settings, self._device)
+        passes = num_passes(self._settings.accumulation, self._overlap.on)
+        self._engine = kind(self._module, self._settings, self._device, passes)
 
     def load(self, folder: Path) -> None:
         self._engine.load(folder)
@@ -186,8 +191,8 @@ class Trainer:
         torch.manual_seed(int(random_state[0]))  # random layers resume exactly
         summed_loss, train = 0.0, self._settings.train
         rate = learning_rate(train.schedule, train.optimizer.learning_rate, batch.step, train.steps)
-        for micro_batch in batch.micro_batches:
-            summed_loss += self._forward_backward(micro_batch, batch.targets)
+        for nano_batches in batch.passes:
+            summed_loss += self._forward_backward(nano_batches, batch.targets)
             self._engine.step(rate)
         return self._report(batch, summed_loss, rate, data_wait_s)
 
@@ -206,9 +211,9 @@ class Trainer:
     def _gradients(self, batch: StepBatch) -> tuple[float, dict[str, torch.Tensor]]:
         """The step's mean loss and whole gradients, which are not applied."""
         summed_loss = 0.0
-        for number, micro_batch in enumerate(batch.micro_batches):
-            summed_loss += self._forward_backward(micro_batch, batch.targets)
-            if number < len(batch.micro_batches) - 1 and isinstance(self._engine, Engine):
+        for number, nano_batches in enumerate(batch.passes):
+            summed_loss += self._forward_backward(nano_batches, batch.targets)
+            if number < len(batch.passes) - 1 and isinstance(self._engine, Engine):
                 self._engine.step(0.0)  # only the last one would update
         gradients = self._engine.full_gradients()
         total = torch.tensor(summed_loss, dtype=torch.float64)
@@ -216,16 +221,32 @@ class Trainer:
         return float(total) / batch.targets, gradients
 
     def describe(self) -> dict:
-        """For the start of a run: parameters, layers and the masks they ask for."""
+        """For the start of a run: parameters, layers and the masks they ask for, overlap."""
         layers = {str(rule): sum(call.rule == rule for call in self._calls) for rule in self._rules}
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self._module.parameters())
-        return dict(parameters=parameters, layers=layers)
+        overlap = describe_overlap(self._settings, self._overlap, self._config)
+        return dict(parameters=parameters, layers=layers, overlap=overlap)
 
-    def _forward_backward(self, micro_batch: MicroBatch, targets: int) -> float:
-        self._exchange.announce(micro_batch.number, micro_batch.inputs, micro_batch.digest)
-        attention = CoreAttention(self._exchange, micro_batch.number, micro_batch.routes)
-        rows = [torch.from_numpy(x).to(self._device) for x in micro_batch.rows]
-        summed_loss = self._engine.forward(input_ids=rows[0], position_ids=rows[1], labels=rows[2], distca=attention)
+    def _decide_overlap(self) -> Decision:
+        """Rank 0's decision: machines may differ in what they have."""
+        pieces, _ = self._stream.pieces(Cursor())
+        inputs, asked = self._inputs(pieces.lengths), self._settings.parallel.overlap
+        decision = decide(asked, outlook_of(self._settings, inputs, self._calls, self._config, self._device.type))
+        on = torch.tensor([decision.on], dtype=torch.int32, device=self._device)
+        dist.broadcast(on, 0)
+        return replace(decision, on=bool(on))
+
+    def _forward_backward(self, nano_batches: tuple[MicroBatch, ...], targets: int) -> float:
+        inputs = []
+        for nano_batch in nano_batches:
+            self._exchange.announce(nano_batch.number, nano_batch.inputs, nano_batch.digest)
+            attention = CoreAttention(self._exchange, nano_batch.number, nano_batch.routes)
+            rows = [torch.from_numpy(x).to(self._device) for x in nano_batch.rows]
+            most_rows = -(-int(nano_batch.inputs.lengths.sum()) // self._settings.parallel.trainers)
+            inputs.append(
+                dict(input_ids=rows[0], position_ids=rows[1], labels=rows[2], distca=attention, most_rows=most_rows)
+            )
+        summed_loss = self._engine.forward(inputs)
         self._engine.backward(summed_loss, targets)
         return float(summed_loss.detach())
 
@@ -233,16 +254,34 @@ class Trainer:
         """Lengths, plans, routes and rows of a step, on the host thread."""
         pieces, cursor = self._stream.step(cursor, self._settings.accumulation)
         targets = sum(map(self._stream.num_targets, pieces))
-        start, first = time.perf_counter(), (step - 1) * self._settings.accumulation
-        micro_batches = [self._plan(first + number, p) for number, p in enumerate(pieces)] if targets else []
-        return StepBatch(step, pieces, micro_batches, targets, cursor, time.perf_counter() - start)
+        start = time.perf_counter()
+        passes = self._passes(step, pieces) if targets else []
+        return StepBatch(step, pieces, passes, targets, cursor, time.perf_counter() - start)
 
-    def _plan(self, number: int, pieces: Pieces) -> MicroBatch:
+    def _passes(self, step: int, pieces: list[Pieces]) -> list[tuple[MicroBatch, ...]]:
+        """The step's micro-batches in pairs where they overlap, an odd one's documents in two groups."""
+        if not self._overlap.on:
+            of_passes = [[p] for p in pieces]
+        else:
+            of_passes = [pieces[i : i + 2] for i in range(0, len(pieces), 2)]
+            if len(of_passes[-1]) == 1:
+                (odd,) = of_passes[-1]
+                of_passes[-1] = [odd[group] for group in halves(odd.lengths, self._settings.parallel.trainers)]
+        first = (step - 1) * len(of_passes)
+        return [
+            tuple(self._plan(2 * (first + number) + part, p) for part, p in enumerate(parts))
+            for number, parts in enumerate(of_passes)
+        ]
+
+    def _inputs(self, lengths: np.ndarray) -> PlanInputs:
         planner, trainers = self._settings.planner, self._settings.parallel.trainers
         tolerance, group = round(planner.tolerance * MILLION), max(c.query_heads // c.kv_heads for c in self._calls)
-        inputs = PlanInputs(
-            pieces.lengths, self._rules, trainers, self._pool, tolerance, planner.block, group, self._costs, self._wires
+        return PlanInputs(
+            lengths, self._rules, trainers, self._pool, tolerance, planner.block, group, self._costs, self._wires
         )
+
+    def _plan(self, number: int, pieces: Pieces) -> MicroBatch:
+        inputs, trainers = self._inputs(pieces.lengths), self._settings.parallel.trainers
         plans = {rule: plan_directions(inputs, rule) for rule in self._rules}
         routes = {plan: routes_of(plan) for both in plans.values() for plan in both}
         my_routes = {plan: r.of_trainer(self._rank) for plan, r in routes.items()}
@@ -268,7 +307,7 @@ class Trainer:
         )
 
     def _report(self, batch: StepBatch, summed_loss: float, rate: float, data_wait_s: float) -> TrainerReport:
-        plans = [micro_batch.summary for micro_batch in batch.micro_batches]
+        plans = [nano_batch.summary for nano_batches in batch.passes for nano_batch in nano_batches]
         return TrainerReport(
             summed_loss=summed_loss,
             targets=batch.targets,
@@ -284,13 +323,6 @@ class Trainer:
             server=self._server.take_report() if self._server else None,
             rss_mib=rss_mib(),
         )
-
-
-def shape_of(call: AttentionCall, dtype: torch.dtype) -> AttentionShape:
-    """What a layer's rows cost on the wire."""
-    return AttentionShape(
-        call.query_heads, call.kv_heads, call.head_dim, dtype.itemsize, statistics_dtype(dtype).itemsize
-    )
 
 
 def _places(pieces: Pieces):

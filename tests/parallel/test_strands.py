@@ -1,4 +1,4 @@
-"""Two strands take turns at every attention call, forward and backward; errors, modes and random numbers stay in order."""
+"""Strands take turns at every attention call, forward and backward; errors, modes and random numbers are in order."""
 
 import threading
 from functools import partial
