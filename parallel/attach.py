@@ -189,7 +189,7 @@ class PackedCausalLM(torch.nn.Module):
         under ZeRO 3 all ranks must call the head equally often, some of them perhaps for no row."""
         hidden_TD = self.hidden(input_ids, position_ids, distca)
         total = hidden_TD.new_zeros((), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
-        starts = range(0, max(most_rows, len(labels)), self.loss_chunk)
+        starts = range(0, max(1, most_rows, len(labels)), self.loss_chunk)
         sizes = [max(0, min(self.loss_chunk, len(labels) - start)) for start in starts]
         for hidden, target in zip(hidden_TD.split(sizes), labels.split(sizes), strict=True):
             total = total + checkpoint(self._loss, hidden, target, use_reentrant=False)
