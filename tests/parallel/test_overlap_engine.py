@@ -14,7 +14,7 @@ from distca.plan import make_pool
 
 pytestmark = pytest.mark.slow
 
-WIDE = dict(hidden_size=352, num_hidden_layers=2)  # DeepSpeed never splits weights of fewer than 100,000 numbers
+WIDE = dict(hidden_size=352, intermediate_size=400, num_hidden_layers=2)  # DeepSpeed never splits weights of fewer than 100,000 numbers
 PASSES = 3  # ZeRO 3 notes the order of modules in the second and fetches ahead in the third
 
 
