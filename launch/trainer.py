@@ -142,6 +142,10 @@ class Trainer:
 
     def connect(self) -> None:
         """Open the links to all servers and start the engine; every worker must be made by now."""
+        self._join_servers()
+        self._start_engine()
+
+    def _join_servers(self) -> None:
         links, home = {}, self._pool.home
         if self._rank in home:
             own = home.index(self._rank)
@@ -158,6 +162,8 @@ class Trainer:
             else:
                 self._server.serve(rank, link)
         self._exchange = Exchange(self._rank, links)
+
+    def _start_engine(self) -> None:
         kind = PlainEngine if self._settings.train.precision == "fp64" else Engine
         self._engine = kind(self._module, self._settings, self._device)
 
