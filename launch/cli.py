@@ -105,6 +105,69 @@ class Verify:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Race DistCA against local packing, Ulysses and all-gather of keys and values (zigzag), on your model, documents
+    and machine: which is fastest, and what to set.
+
+    Methods take turns, step by step, in the same processes with the same engine and optimizer (at a learning rate of
+    0); their losses must agree. Exit code 0 if they do, 1 if not. Nothing is kept but what you ask for."""
+
+    stopped: ClassVar[str] = "stopped as asked; nothing was left behind"
+    run: tyro.conf.Positional[Path]
+    """YAML run file."""
+    steps: int = 5
+    """Optimizer steps of each method that count; medians are taken over them."""
+    warmup: int = 1
+    """Steps of each method before those, which do not count."""
+    methods: str = ""
+    """Some of local,ulysses,all-gather,in-place,mixed,dedicated, with commas between; default: all."""
+    servers: int | None = None
+    """Dedicated attention servers of the mixed and the dedicated pool, processes or GPUs beside the trainers; default:
+    parallel.servers of the run file."""
+    lengths: str | None = None
+    """Instead of the run's documents, random tokens in documents of these lengths, which fill a micro-batch: long-half
+    (one of half of its tokens, short ones), equal:N (N documents), short:N (each of N tokens), heavy-tail (as web
+    text; none is longer than a trainer holds), or a FILE.json with a list of tokens per document."""
+    plot: Path | None = None
+    """Write a picture (PNG): seconds a step of every method."""
+    json: Path | None = None
+    """Write the figures: per method median seconds, tokens per second, loss, ratios."""
+    insecure: bool = False
+    """Join a Ray cluster (RAY_ADDRESS) that asks for no token."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        self._refuse()
+        from distca.launch.compare import plot, race_lengths, table_of, write_json
+        from distca.launch.train import compare
+
+        pool = [] if self.servers is None else ["--parallel.servers", str(self.servers)]
+        settings = load_settings(self.run, [*overrides, *pool, "--parallel.trainers_serve", "true"])
+        asked = [name.strip() for name in self.methods.split(",") if name.strip()]
+        lengths = race_lengths(self.lengths, settings) if self.lengths else None
+        race = compare(settings, console, asked, lengths, self.warmup, self.steps, self.insecure)
+        console.print(table_of(race))
+        for method in race.refused:
+            console.print(f"{method.title} cannot: {method.refusal}", highlight=False)
+        if self.plot:
+            plot(race, self.plot)
+        if self.json:
+            write_json(race, self.json)
+        for sentence in race.disagreements():
+            console.print(f"[bold red]an error of DistCA's:[/] {escape(sentence)}", highlight=False)
+        if race.disagreements():
+            return EXIT_OTHER
+        console.print(race.agreement(), highlight=False)
+        console.print(f"[bold]{escape(race.advice())}[/]", highlight=False)
+        return EXIT_OK
+
+    def _refuse(self) -> None:
+        for name, least in (("steps", 1), ("warmup", 0), ("servers", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise SettingsError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        _refuse_missing_folders(self.json, self.plot)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Plan document lengths without running anything: balance, bytes and time beside the paper's greedy and a lower
     bound. With a run file, plan its own documents for its own pool; else `lengths`, or lengths drawn from `shape`.
@@ -173,9 +236,7 @@ class Plan:
             raise SettingsError(f"{self.query_heads} query heads cannot share {self.kv_heads} key/value heads evenly")
         if self.json and self.mask != "causal":
             raise SettingsError("the plan's file holds causal plans only: leave --json or --mask out")
-        for path in (self.json, self.plot):
-            if path and not path.absolute().parent.is_dir():
-                raise SettingsError(f"{path}: there is no folder {path.absolute().parent}")
+        _refuse_missing_folders(self.json, self.plot)
 
     def _inputs(self, overrides: list[str]) -> PlanInputs:
         if self.run:
@@ -331,7 +392,8 @@ def _lasting_output() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-Command = Train | Resume | Verify | Plan | Export | Measure | Annotated[ListSettings, tyro.conf.subcommand("settings")]
+ListThem = Annotated[ListSettings, tyro.conf.subcommand("settings")]
+Command = Train | Resume | Verify | Compare | Plan | Export | Measure | ListThem
 
 
 def run(arguments: list[str]) -> int:
@@ -366,6 +428,12 @@ def _told(error: BaseException, stopped: str) -> UserError:
 def _refuse_overrides(command: str, overrides: list[str]) -> None:
     if overrides:
         raise SettingsError(f"distca {command} takes no settings, found {overrides[0]}")
+
+
+def _refuse_missing_folders(*files: Path | None) -> None:
+    for path in files:
+        if path and not path.absolute().parent.is_dir():
+            raise SettingsError(f"{path}: there is no folder {path.absolute().parent}")
 
 
 def _say_where(folder: Path, console: Console) -> None:

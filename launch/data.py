@@ -162,6 +162,15 @@ def first_step_with_targets(settings: RunSettings, folders: Sequence[Path]) -> t
     )
 
 
+def pieces_of_steps(settings: RunSettings, folders: Sequence[Path], cursor: Cursor, steps: int) -> list[list[Pieces]]:
+    """The micro-batches of so many steps from `cursor` on; no token is read."""
+    stream, found = DocumentStream(Corpus(folders), settings.data, settings.seed, settings.tokens_per_micro_batch), []
+    for _ in range(steps):
+        pieces, cursor = stream.step(cursor, settings.accumulation)
+        found.append(pieces)
+    return found
+
+
 def read_meta(folder: Path) -> dict:
     """What a prepared folder says about itself."""
     try:

@@ -11,6 +11,7 @@ import socket
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 
 from distca.config import RunSettings
 from distca.launch.cluster import connect_store
@@ -37,8 +38,10 @@ class DedicatedServer:
         self._device = torch.device(device)
         self._server = AttentionServer(number, backend_of(settings), self._device)
 
-    def connect(self) -> None:
+    def connect(self, name: str = "") -> None:
+        """Open the links to all trainers; servers of several pools that meet at one store give theirs a name."""
         store = connect_store(self._meeting.host, self._meeting.port, self._settings.parallel.start_timeout_s)
+        store = dist.PrefixStore(name, store)
         for rank, server in meetings(self._settings):
             if server == self._number:
                 self._server.serve(rank, open_link(store, rank, server, 1, self._settings, self._meeting, self._device))

@@ -12,10 +12,11 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,13 @@ from distca.launch.cluster import (
     spawn,
     start_ray,
 )
-from distca.launch.data import Corpus, first_step_with_targets
+from distca.launch.data import Corpus, first_step_with_targets, pieces_of_steps
 from distca.launch.monitor import Monitor
 from distca.launch.outlook import shape_of
 from distca.launch.prepare import prepare
 from distca.launch.publish import Published, newest, prune, publishing, steps_published
+from distca.launch.race import Method, Race, Times, drawn, methods_of, order_of, race_settings, refusing
+from distca.launch.racer import Racer, RacingServer
 from distca.launch.runs import (
     CHECKPOINTS,
     RUN_FILE,
@@ -137,6 +140,73 @@ def verify(settings: RunSettings, console: Console, insecure: bool = False) -> C
     return result
 
 
+def compare(
+    settings: RunSettings,
+    console: Console,
+    asked: Sequence[str] = (),
+    lengths: np.ndarray | None = None,
+    warmup: int = 1,
+    rounds: int = 5,
+    insecure: bool = False,
+) -> Race:
+    """`rounds` optimizer steps by every method asked for (all, if none is), after `warmup` of each, on the run's own
+    documents, or on drawn ones of these `lengths`."""
+    settings = race_settings(absolute_paths(settings), asked, warmup + rounds)
+    refuse_precision(settings)
+    config = _check(settings)
+    with _new_folder(settings, prefix="compare-") as folder, _accounted(folder):
+        if lengths is not None:
+            settings = drawn(settings, lengths, config.vocab_size, folder)
+        documents = _prepare(settings, config, console)
+        step, cursor = first_step_with_targets(settings, documents)
+        pieces = pieces_of_steps(settings, documents, cursor, warmup + rounds)
+        settings = with_kernel_times(settings, folder)
+        query_heads = [layer.query_heads for layer in layers_of(config)]
+        methods = refusing(methods_of(settings, asked), query_heads, [p.lengths for p in chain(*pieces)])
+        able = [method for method in methods if not method.refusal]
+        if not able:
+            raise SettingsError("; ".join(f"{method.title} cannot race: {method.refusal}" for method in methods))
+        with _team(settings, folder, documents, console, insecure, Racer, RacingServer) as team:
+            _refuse_bad_start(settings, team)
+            for method in able:
+                what = f"meeting the others for {method.title}"
+                _ask(team.trainers + team.servers, "enter", method.name, method.settings, what=what)
+            _ask(team.trainers, "seek", step, cursor, what="reading its documents")
+            times = _race(team, able, warmup, rounds, console)
+    shutil.rmtree(folder)  # as after `verify`
+    held, refused = [p.lengths for p in chain(*pieces[warmup:])], [m for m in methods if m.refusal]
+    return Race(settings, times, refused, np.concatenate(held).tolist(), rounds, _device_of(settings))
+
+
+def _race(team: Team, methods: list[Method], warmup: int, rounds: int, console: Console) -> list[Times]:
+    times, start = [Times(method) for method in methods], time.perf_counter()
+    with console.status("") as status:
+        for number in range(warmup + rounds):
+            name = f"round {number + 1 - warmup} of {rounds}" if number >= warmup else "warming up"
+            seconds = {}
+            for done, method in enumerate(order_of(methods, number)):
+                done += number * len(methods)
+                left_s = (time.perf_counter() - start) * ((warmup + rounds) * len(methods) / done - 1) if done else None
+                left = "" if left_s is None else f", about {left_s:.0f} s left"
+                status.update(f"{name}: {method.title}{left}")
+                laps = _ask(team.trainers, "race", method.name, what=f"racing with {method.title}, {name}")
+                seconds[method.name] = max(lap.seconds for lap in laps)
+                if number >= warmup and laps[0].targets:
+                    times[methods.index(method)].add(laps)
+            told = ", ".join(f"{method.title} {seconds[method.name]:.3g} s" for method in methods)
+            console.print(f"{name}: {told}", style="dim", highlight=False)
+    if not times[0].seconds:
+        raise DataError("nothing to predict in any of the race's rounds: ask for more --steps")
+    return times
+
+
+def _device_of(settings: RunSettings) -> str:
+    if _use_gpus(settings):
+        return torch.cuda.get_device_name(0)
+    threads = settings.parallel.threads
+    return f"CPU with {threads} thread{'' if threads == 1 else 's'} a worker"
+
+
 @dataclass(frozen=True, slots=True)
 class Team:
     """All workers of a run, joined by their links."""
@@ -147,7 +217,13 @@ class Team:
 
 @contextmanager
 def _team(
-    settings: RunSettings, folder: Path, documents: tuple[Path, ...], console: Console, insecure: bool
+    settings: RunSettings,
+    folder: Path,
+    documents: tuple[Path, ...],
+    console: Console,
+    insecure: bool,
+    trainer: type = Trainer,
+    server: type = DedicatedServer,
 ) -> Iterator[Team]:
     """Ray, a place for every worker, workers joined by links; all gone on the way out."""
     parallel = settings.parallel
@@ -171,13 +247,13 @@ def _team(
             stack.callback(lambda: store)  # the workers' meeting point lives as long as they do
             common = (settings, Meeting(cluster.host, port), "cuda" if gpus else "cpu")
             trainers = [
-                spawn(Trainer, rank, *common, documents, placement=placement, bundle=rank, role="trainer")
+                spawn(trainer, rank, *common, documents, placement=placement, bundle=rank, role="trainer")
                 for rank in range(parallel.trainers)
             ]
             first = parallel.trainers if parallel.trainers_serve else 0
             servers = [
                 spawn(
-                    DedicatedServer,
+                    server,
                     first + n,
                     *common,
                     placement=placement,

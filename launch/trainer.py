@@ -146,6 +146,10 @@ class Trainer:
 
     def connect(self) -> None:
         """Open the links to all servers and start the engine; every worker must be made by now."""
+        self._join_servers()
+        self._start_engine()
+
+    def _join_servers(self) -> None:
         links, home, parallel = {}, self._pool.home, self._settings.parallel
         if self._rank in home:
             own, backend = home.index(self._rank), backend_of(self._settings)
@@ -164,6 +168,8 @@ class Trainer:
         self._exchange = Exchange(self._rank, links, self._server, trace=self._trace)
         dedicated = [server for server, rank in enumerate(home) if rank is None]
         self._announces_to = dedicated[self._rank :: parallel.trainers]  # one trainer is enough
+
+    def _start_engine(self) -> None:
         kind = PlainEngine if self._settings.train.precision == "fp64" else Engine
         passes = num_passes(self._settings.accumulation, self._overlap.on)
         self._engine = kind(self._module, self._settings, self._device, passes)
@@ -241,13 +247,16 @@ class Trainer:
     def _forward_backward(self, nano_batches: tuple[MicroBatch, ...], targets: int) -> float:
         inputs = []
         for nano_batch in nano_batches:
-            attention = CoreAttention(self._exchange, nano_batch.number, nano_batch.routes)
+            attention = self._attention(nano_batch)
             rows = [torch.from_numpy(x).to(self._device) for x in nano_batch.rows]
             names = dict(zip(("input_ids", "position_ids", "labels"), rows, strict=True))
             inputs.append(names | dict(distca=attention, most_rows=nano_batch.most_rows))
         summed_loss = self._engine.forward(inputs)
         self._engine.backward(summed_loss, targets)
         return float(summed_loss.detach())
+
+    def _attention(self, nano_batch: MicroBatch) -> CoreAttention:
+        return CoreAttention(self._exchange, nano_batch.number, nano_batch.routes)
 
     def _prepare(self, step: int, cursor: Cursor) -> StepBatch:
         """Lengths, plans, routes and rows of a step, on the host thread; servers get to know the plans here."""

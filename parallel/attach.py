@@ -234,7 +234,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def _keep_attention(_context, operator, *_args, **_kwargs):
-    keep = operator in (torch.ops.distca.begin.default, torch.ops.distca.end.default)
+    keep = operator.namespace == "distca"
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -21,7 +21,10 @@ EVERYWHERE = set(sys.stdlib_module_names) | {"distca", "numpy"}
 # Where a library may be imported; a folder stands for all its files. What is in no row may be imported nowhere.
 PLACES = {
     "torch": ["kernels", "parallel", "launch"],
-    "torch.distributed": ["parallel/engine.py", "parallel/link.py", "launch/cluster.py", "launch/trainer.py"],
+    "torch.distributed": [
+        *("parallel/baselines.py", "parallel/engine.py", "parallel/link.py"),
+        *("launch/cluster.py", "launch/racer.py", "launch/server.py", "launch/trainer.py"),
+    ],
     "torch.utils.tensorboard": ["launch/monitor.py"],
     "triton": ["kernels"],
     "deepspeed": ["parallel/engine.py"],
@@ -31,11 +34,11 @@ PLACES = {
     "datasets": ["launch/tables.py"],
     "ray": ["launch/cluster.py"],
     "grpc": ["launch/cluster.py"],
-    "matplotlib": ["launch/monitor.py", "launch/plan.py"],
+    "matplotlib": ["launch/compare.py", "launch/monitor.py", "launch/plan.py"],
     "pydantic": ["distca/config.py", "distca/hardware.py"],
     "yaml": ["distca/config.py", "distca/hardware.py"],
     "tyro": ["launch/cli.py"],
-    "rich": ["launch/cli.py", "launch/measure.py", "launch/plan.py", "launch/train.py"],
+    "rich": ["launch/cli.py", "launch/compare.py", "launch/measure.py", "launch/plan.py", "launch/train.py"],
 }
 
 

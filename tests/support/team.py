@@ -50,11 +50,15 @@ def make_settings(folder: Path, lengths: list[int], model: dict | None = None, *
 
 
 class Team:
-    """Trainers (of the given class) and dedicated servers of `settings`, joined by links; the settings' documents, or
+    """Trainers and dedicated servers (of the given classes) of `settings`, joined by links; the settings' documents, or
     prepared ones."""
 
     def __init__(
-        self, settings: RunSettings, trainer: type[Trainer] = Trainer, documents: tuple[Path, ...] | None = None
+        self,
+        settings: RunSettings,
+        trainer: type[Trainer] = Trainer,
+        documents: tuple[Path, ...] | None = None,
+        server: type = DedicatedServer,
     ):
         self._stack = ExitStack()
         context = multiprocessing.get_context("forkserver")
@@ -66,7 +70,7 @@ class Team:
         common = (settings, Meeting(LOOPBACK, port), "cpu")
         first = parallel.trainers if parallel.trainers_serve else 0
         made = [(trainer, rank, *common, documents) for rank in range(parallel.trainers)]
-        made += [(DedicatedServer, first + n, *common) for n in range(parallel.servers)]
+        made += [(server, first + n, *common) for n in range(parallel.servers)]
         self._pipes, self.processes = [], []
         for what in made:
             ours, theirs = context.Pipe()

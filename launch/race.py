@@ -1,0 +1,241 @@
+"""A race between methods: who takes part, in which order, and what came of it.
+
+Methods take turns in the same processes, on the same documents, with the same engine and optimizer (at a learning rate
+of 0, so that weights stay what they are), in an order that is turned round after every round. `distca.launch.train`
+runs it, `distca.launch.racer` is a trainer's part, `distca.launch.compare` shows it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distca.config import RunSettings, validate_settings
+from distca.errors import SettingsError
+from distca.launch.racer import Lap
+from distca.parallel.baselines import BASELINES
+
+TITLES = {
+    "local": "local packing",
+    "ulysses": "Ulysses",
+    "all-gather": "zigzag all-gather",
+    "in-place": "DistCA in place",
+    "mixed": "DistCA mixed",
+    "dedicated": "DistCA dedicated",
+}
+POOLS = {
+    "in-place": dict(servers=False, trainers_serve=True),
+    "mixed": dict(servers=True, trainers_serve=True),
+    "dedicated": dict(servers=True, trainers_serve=False),
+}
+# relative; a gradient's norm sums what losses average, and backward rounds more often than forward
+LOSS_AGREES, NORM_AGREES = {"fp32": 1e-5, "bf16": 1e-3}, {"fp32": 1e-4, "bf16": 1e-2}
+BF16_FACTOR = 2.0  # what plain runs of half precision differ by, times this
+WORTH_SAYING = 0.01  # ratios closer to 1 than this are equal
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to compute core attention, and the settings that its workers go by."""
+
+    name: str
+    settings: RunSettings
+    refusal: str | None = None
+    """Why it cannot take part."""
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.name]
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.name in BASELINES
+
+    @property
+    def workers(self) -> int:
+        """Processes (on GPUs: GPUs) that it keeps busy."""
+        return self.settings.parallel.trainers + (0 if self.is_baseline else self.settings.parallel.servers)
+
+
+def methods_of(settings: RunSettings, asked: Sequence[str]) -> list[Method]:
+    """Those asked for (all if none), where pools with dedicated servers have `parallel.servers` of them."""
+    if unknown := [name for name in asked if name not in TITLES]:
+        raise SettingsError(f"--methods {','.join(unknown)}: there are {', '.join(TITLES)}")
+    servers, found = settings.parallel.servers, []
+    for name in [name for name in TITLES if name in asked or not asked]:
+        pool = POOLS.get(name, POOLS["in-place"])
+        if pool["servers"] and not servers:
+            if asked:
+                raise SettingsError(f"--methods {name}: needs dedicated attention servers; give --servers N")
+            continue
+        own = dict(servers=servers if pool["servers"] else 0, trainers_serve=pool["trainers_serve"])
+        found.append(Method(name, _with(settings, parallel=own)))
+    return found
+
+
+def refusing(methods: Sequence[Method], query_heads: Sequence[int], lengths: Sequence[np.ndarray]) -> list[Method]:
+    """The methods, each with what it cannot do of these layers and of micro-batches of these lengths."""
+    found = []
+    for method in methods:
+        ranks, refusal = method.settings.parallel.trainers, None
+        if method.is_baseline:
+            refuse = BASELINES[method.name].refusal
+            refusal = next(filter(None, (refuse(query_heads, held, ranks) for held in lengths)), None)
+        found.append(Method(method.name, method.settings, refusal))
+    return found
+
+
+def race_settings(settings: RunSettings, asked: Sequence[str], rounds: int) -> RunSettings:
+    """What a race's workers are started with: as many servers as any method needs, weights that stay the same."""
+    settings = _with(settings, parallel=dict(trainers_serve=True))
+    servers = max(method.settings.parallel.servers for method in methods_of(settings, asked))
+    optimizer = settings.train.optimizer.model_dump() | dict(learning_rate=0.0)
+    steps = settings.train.steps + rounds + 1  # before the first with targets; the one prepared ahead of the end
+    return _with(settings, parallel=dict(servers=servers), train=dict(optimizer=optimizer, steps=steps))
+
+
+def _with(settings: RunSettings, **sections: dict[str, Any]) -> RunSettings:
+    values = settings.model_dump()
+    return validate_settings(values | {name: values[name] | section for name, section in sections.items()})
+
+
+def drawn(settings: RunSettings, lengths: np.ndarray, vocab_size: int, folder: Path) -> RunSettings:
+    """The settings with documents of these lengths for data, of random tokens, in `folder`.
+
+    They are one epoch, and fill a micro-batch, so every micro-batch holds all of them."""
+    source = folder / "documents.jsonl"
+    random = np.random.default_rng(settings.seed)
+    with open(source, "w", encoding="utf-8") as file:
+        for length in lengths.tolist():
+            file.write(json.dumps({"input_ids": random.integers(0, vocab_size, length).tolist()}) + "\n")
+    data = dict(sources=[dict(path=str(source))], max_document_tokens=None, cache=str(folder / "prepared"))
+    tokens, accumulation = int(lengths.sum()), settings.accumulation
+    train = dict(tokens_per_step=tokens * accumulation, tokens_per_rank=None, accumulation=accumulation)
+    return _with(settings, data=data, train=train)
+
+
+def order_of(methods: Sequence[Method], number: int) -> list[Method]:
+    """Forwards and backwards in turn, so that a machine that gets slower or faster favours nobody."""
+    return list(methods) if number % 2 == 0 else list(reversed(methods))
+
+
+@dataclass(slots=True)
+class Times:
+    """One method's counted steps."""
+
+    method: Method
+    seconds: list[float] = field(default_factory=list)
+    """Of the slowest trainer, step by step."""
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+
+    def add(self, laps: Sequence[Lap]) -> None:
+        """All trainers' parts in one step."""
+        self.seconds.append(max(lap.seconds for lap in laps))
+        self.losses.append(sum(lap.summed_loss for lap in laps) / laps[0].targets)
+        self.grad_norms.append(laps[0].grad_norm)
+
+    @property
+    def median_s(self) -> float:
+        return float(np.median(self.seconds))
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """What came of it."""
+
+    settings: RunSettings
+    times: list[Times]  # of those that took part, in the order of TITLES
+    refused: list[Method]
+    lengths: list[int]
+    """Of all documents of the counted rounds."""
+    rounds: int
+    device: str
+
+    @property
+    def rivals(self) -> list[Times]:
+        return [times for times in self.times if times.method.is_baseline]
+
+    @property
+    def ours(self) -> list[Times]:
+        return [times for times in self.times if not times.method.is_baseline]
+
+    def disagreements(self) -> list[str]:
+        """A sentence for every method whose loss or gradient is not that of the first, which does least: empty where
+        all computed the same."""
+        first, *others = self.times
+        return [
+            f"{what} of step {step + 1} by {other.method.title} is {found:.8g}, by {first.method.title} {wanted:.8g}: "
+            f"relative difference {abs(found - wanted) / abs(wanted):.1e}, allowed {allowed:.1e}"
+            for what, name, least in (("loss", "losses", LOSS_AGREES), ("gradient norm", "grad_norms", NORM_AGREES))
+            for other in others
+            for allowed in [self._allowed(name, least)]
+            for step, (found, wanted) in enumerate(zip(getattr(other, name), getattr(first, name), strict=True))
+            if not abs(found - wanted) <= allowed * abs(wanted)  # false for nan
+        ]
+
+    def _allowed(self, name: str, least: dict[str, float]) -> float:
+        """In half precision, what the baselines, which are plain runs, differ by among themselves counts too."""
+        precision = self.settings.train.precision
+        if precision != "bf16" or len(self.rivals) < 2:
+            return least[precision]
+        plain = np.array([getattr(times, name) for times in self.rivals])
+        return max(least[precision], BF16_FACTOR * float((np.ptp(plain, axis=0) / np.abs(plain).min(0)).max()))
+
+    def ratio(self, times: Times, rival: Times) -> float:
+        """How many times as fast as `rival`: the median over rounds, each on the same documents."""
+        return float(np.median(np.array(rival.seconds) / np.array(times.seconds)))
+
+    def best_rival(self) -> Times | None:
+        return min(self.rivals, key=lambda times: times.median_s, default=None)
+
+    def tokens_per_s(self, times: Times) -> float:
+        return self.settings.train.tokens_per_step / times.median_s
+
+    def title(self) -> str:
+        s, lengths = self.settings, np.array(self.lengths)
+        return (
+            f"{s.train.tokens_per_step:,} tokens a step, {len(lengths) / self.rounds:,.0f} documents (longest "
+            f"{lengths.max():,}), {s.parallel.trainers} trainers, {s.train.precision}, {self.device}"
+        )
+
+    def agreement(self) -> str:
+        """What all computed, where nobody disagrees."""
+        loss, precision = self.times[0].losses[-1], self.settings.train.precision
+        return (
+            f"losses agree (the last is {loss:.6f}) within {self._allowed('losses', LOSS_AGREES):.0e}, gradient norms "
+            f"within {self._allowed('grad_norms', NORM_AGREES):.0e}, in {precision}"
+        )
+
+    def advice(self) -> str:
+        """What to set in the run file, and what that is worth here."""
+        if not self.ours:
+            return "No pool of DistCA took part: there is nothing to set."
+        best = max(self.ours, key=lambda times: self.tokens_per_s(times) / times.method.workers)
+        told = f"Set {_settings_of(best.method)} ({_with_workers(best.method)})"
+        if rival := self.best_rival():
+            told += f": {_compared(self.ratio(best, rival))} {rival.method.title}, the fastest of the others"
+        if (fastest := min(self.ours, key=lambda times: times.median_s)) is not best:
+            told += f". {self.ratio(fastest, best):.2f} times as fast as that is {_with_workers(fastest.method)}: "
+            told += _settings_of(fastest.method)
+        return told + "."
+
+
+def _settings_of(method: Method) -> str:
+    parallel = method.settings.parallel
+    return f"parallel.servers: {parallel.servers} and parallel.trainers_serve: {str(parallel.trainers_serve).lower()}"
+
+
+def _with_workers(method: Method) -> str:
+    return f"{method.title} with {method.workers} worker{'' if method.workers == 1 else 's'}"
+
+
+def _compared(ratio: float) -> str:
+    if abs(ratio - 1) < WORTH_SAYING:
+        return "as fast as"
+    return f"{ratio:.2f} times as fast as" if ratio > 1 else f"its steps take {1 / ratio:.2f} times as long as those of"
