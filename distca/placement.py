@@ -51,6 +51,14 @@ class Segments:
         return Segments(self.document[mine], self.start[mine], self.end[mine], self.rank[mine], self.row[mine])
 
 
+def packed_in_order(lengths: np.ndarray, num_ranks: int) -> Segments:
+    """Documents end to end in their own order, cut where a rank is full: how they lie if nobody places them."""
+    document = np.flatnonzero(lengths)
+    held, zero = lengths[document], np.zeros_like(document)
+    in_a_row = Segments(document, zero, held, zero, np.cumsum(held) - held)
+    return split_ranks(in_a_row, num_ranks, int(held.sum()) // num_ranks)
+
+
 def place(
     lengths: np.ndarray, work: np.ndarray, share: np.ndarray, rows: np.ndarray, group: int, block: int
 ) -> Segments:

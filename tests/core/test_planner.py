@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distca.arrays import ranges
 from distca.cost import PairCost, RowBlockCost, TableCost, Wire
 from distca.greedy import even_greedy_plan, greedy_plan
 from distca.masks import UNBOUNDED, Bands, Mask, MaskRule, chunk_mask, prefix_mask, sink_mask
@@ -100,6 +101,20 @@ def test_every_task_finds_its_rows_at_its_server(lengths, pool, window):
             assert (q_rows[t.q0[i] : t.q1[i]] == base + np.arange(b.q0[c], b.q1[c])).all()
             assert (kv_rows[t.k0[i] : t.k1[i]] == base + np.arange(b.k0[c], b.k1[c])).all()
             assert (t.lo[i], t.hi[i]) == (b.lo[c], b.hi[c])
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths_lists, st.integers(1, 5), st.sampled_from([0, 1, 100]))
+def test_loads_at_home_count_the_pairs_of_the_rows_that_a_rank_holds(lengths, num_ranks, window):
+    """Placed: the rows of the plan's segments. Packed: the n-th equal part of all rows in their order."""
+    inputs = inputs_for(lengths, num_ranks, make_pool(num_ranks, 0, True), window)
+    plan = plan_step(inputs, inputs.rules[0])
+    rows = np.concatenate([np.arange(1, length + 1) for length in inputs.lengths])
+    pairs = np.minimum(rows, window) if window else rows  # that each row sees
+    assert plan.load_packed().tolist() == pairs.reshape(num_ranks, -1).sum(1).tolist()
+    first, s = np.cumsum(inputs.lengths) - inputs.lengths, plan.segments
+    placed = pairs[ranges(first[s.document] + s.start, s.end - s.start)]
+    assert plan.load_at_home().tolist() == placed.reshape(num_ranks, -1).sum(1).tolist()
 
 
 @pytest.mark.parametrize(
