@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from distca.config import RunSettings
-from distca.cost import AttentionShape
+from distca.cost import AttentionShape, model_flops
 from distca.hardware import costs_of, wires_of
 from distca.kernels.merge import statistics_dtype
 from distca.launch.cluster import LOOPBACK, connect_store
@@ -36,10 +36,11 @@ from distca.parallel.engine import DTYPES, Engine, PlainEngine
 from distca.parallel.link import LocalLink
 from distca.parallel.models import build_model, read_config
 from distca.parallel.server import AttentionServer, ServerReport
-from distca.plan import MILLION, PlanInputs, combined_digest, imbalance
+from distca.plan import MILLION, Plan, PlanInputs, combined_digest
 from distca.planner import plan_directions
-from distca.routes import TrainerRoute, routes_of
+from distca.routes import Routes, TrainerRoute, routes_of
 from distca.schedule import learning_rate
+from distca.trace import Span, Trace, read_clock
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +49,15 @@ logger = logging.getLogger(__name__)
 class PlanSummary:
     """A step's plans in numbers, summed over micro-batches and layers."""
 
-    load_at_home: np.ndarray  # (trainers,) int64 cost, if every row were attended where it lives
+    load_packed: np.ndarray  # (trainers,) int64 cost, if documents lay in their order and were attended where they lie
+    load_placed: np.ndarray  # (trainers,) int64 cost, if every row were attended where it has been placed
     load: np.ndarray  # (servers,) int64 cost, as planned
     num_tasks: int  # of one layer of each mask rule and plan
     predicted_bytes: int  # on the wire, forward and backward
+    flops: float  # of the whole model, see `model_flops`
 
     def __add__(self, other: PlanSummary) -> PlanSummary:
         return PlanSummary(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
-
-    def imbalance_before(self) -> float:
-        return imbalance(self.load_at_home, np.ones(len(self.load_at_home)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +128,7 @@ class Trainer:
             build_model(config, m.path, m.revision, DTYPES[settings.train.precision], settings.seed),
             settings.train.loss_chunk,
         )
+        self._weights_per_token = self._module.weights_per_token()
         self._calls = probe(self._module)
         self._rules = tuple(sorted({call.rule for call in self._calls}))
         self._costs = costs_of(settings.planner)
@@ -135,6 +136,7 @@ class Trainer:
         if m.activation_checkpointing:
             checkpoint_activations(self._module.model)
         self._module.train()
+        self._trace = Trace()
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="plan-ahead")
         self._next: Future[StepBatch] | None = None
         self._server: AttentionServer | None = None
@@ -161,6 +163,13 @@ class Trainer:
         kind = PlainEngine if self._settings.train.precision == "fp64" else Engine
         self._engine = kind(self._module, self._settings, self._device)
 
+    def record(self, is_on: bool) -> list[Span]:
+        """See `Trace.record`."""
+        return self._trace.record(is_on)
+
+    def read_clock(self) -> tuple[str, float]:
+        return read_clock()
+
     def load(self, folder: Path) -> None:
         self._engine.load(folder)
 
@@ -178,7 +187,8 @@ class Trainer:
     def step(self) -> TrainerReport:
         """One optimizer step."""
         start = time.perf_counter()
-        batch = self._next.result()
+        with self._trace.span("wait", "the next step's plan and rows"):
+            batch = self._next.result()
         data_wait_s = time.perf_counter() - start
         self._step += 1
         self._next = self._ahead.submit(self._prepare, self._step, batch.cursor)
@@ -188,7 +198,8 @@ class Trainer:
         rate = learning_rate(train.schedule, train.optimizer.learning_rate, batch.step, train.steps)
         for micro_batch in batch.micro_batches:
             summed_loss += self._forward_backward(micro_batch, batch.targets)
-            self._engine.step(rate)
+            with self._trace.span("optimizer", "reduce gradients, update weights"):
+                self._engine.step(rate)
         return self._report(batch, summed_loss, rate, data_wait_s)
 
     def verify(self) -> Comparison | None:
@@ -225,16 +236,23 @@ class Trainer:
         self._exchange.announce(micro_batch.number, micro_batch.inputs, micro_batch.digest)
         attention = CoreAttention(self._exchange, micro_batch.number, micro_batch.routes)
         rows = [torch.from_numpy(x).to(self._device) for x in micro_batch.rows]
-        summed_loss = self._engine.forward(input_ids=rows[0], position_ids=rows[1], labels=rows[2], distca=attention)
-        self._engine.backward(summed_loss, targets)
+        facts = dict(micro_batch=micro_batch.number)
+        with self._trace.span("model", "forward", **facts):
+            summed_loss = self._engine.forward(
+                input_ids=rows[0], position_ids=rows[1], labels=rows[2], distca=attention
+            )
+        with self._trace.span("model", "backward", **facts):
+            self._engine.backward(summed_loss, targets)
         return float(summed_loss.detach())
 
     def _prepare(self, step: int, cursor: Cursor) -> StepBatch:
         """Lengths, plans, routes and rows of a step, on the host thread."""
-        pieces, cursor = self._stream.step(cursor, self._settings.accumulation)
-        targets = sum(map(self._stream.num_targets, pieces))
+        with self._trace.span("plan", f"documents of step {step}"):
+            pieces, cursor = self._stream.step(cursor, self._settings.accumulation)
+            targets = sum(map(self._stream.num_targets, pieces))
         start, first = time.perf_counter(), (step - 1) * self._settings.accumulation
-        micro_batches = [self._plan(first + number, p) for number, p in enumerate(pieces)] if targets else []
+        with self._trace.span("plan", f"plans, routes and rows of step {step}"):
+            micro_batches = [self._plan(first + number, p) for number, p in enumerate(pieces)] if targets else []
         return StepBatch(step, pieces, micro_batches, targets, cursor, time.perf_counter() - start)
 
     def _plan(self, number: int, pieces: Pieces) -> MicroBatch:
@@ -248,15 +266,7 @@ class Trainer:
         my_routes = {plan: r.of_trainer(self._rank) for plan, r in routes.items()}
         mine = plans[self._rules[0]][0].segments.of_rank(self._rank)
         rows = self._stream.rows(pieces, mine.document, mine.start, mine.end)
-        figures = {plan: (plan.load_at_home(), plan.load(), r.moved_rows()) for plan, r in routes.items()}
-        load_at_home, load, moved = np.zeros(trainers, np.int64), np.zeros(len(self._pool), np.int64), 0
-        for call in self._calls:
-            for plan in set(plans[call.rule]):
-                load_at_home, load = load_at_home + figures[plan][0], load + figures[plan][1]
-            shape = shape_of(call, DTYPES[self._settings.train.precision])
-            for backward, plan in enumerate(plans[call.rule]):
-                moved += shape.wire_bytes(*figures[plan][2], bool(backward))
-        summary = PlanSummary(load_at_home, load, sum(len(plan.server) for plan in routes), moved)
+        summary = self._summary(plans, routes, int(pieces.lengths.sum()))
         digest = combined_digest([routes[plan].digest for both in plans.values() for plan in both])
         return MicroBatch(
             number,
@@ -265,6 +275,30 @@ class Trainer:
             {rule: tuple(my_routes[plan] for plan in both) for rule, both in plans.items()},
             rows,
             summary,
+        )
+
+    def _summary(
+        self, plans: dict[MaskRule, tuple[Plan, Plan]], routes: dict[Plan, Routes], tokens: int
+    ) -> PlanSummary:
+        loads = {plan: (plan.load_packed(), plan.load_at_home(), plan.load()) for plan in routes}
+        moved_rows = {plan: r.moved_rows() for plan, r in routes.items()}
+        pairs = {rule: int(forward.bands.area().sum()) for rule, (forward, _) in plans.items()}
+        packed, placed, load = (np.zeros_like(x) for x in next(iter(loads.values())))
+        moved_bytes, attention_flops = 0, 0.0
+        for call in self._calls:
+            for plan in set(plans[call.rule]):
+                packed, placed, load = (a + b for a, b in zip((packed, placed, load), loads[plan], strict=True))
+            shape = shape_of(call, DTYPES[self._settings.train.precision])
+            attention_flops += shape.flops(pairs[call.rule])
+            for backward, plan in enumerate(plans[call.rule]):
+                moved_bytes += shape.wire_bytes(*moved_rows[plan], bool(backward))
+        return PlanSummary(
+            packed,
+            placed,
+            load,
+            num_tasks=sum(len(plan.server) for plan in routes),
+            predicted_bytes=moved_bytes,
+            flops=model_flops(self._weights_per_token, tokens, attention_flops),
         )
 
     def _report(self, batch: StepBatch, summed_loss: float, rate: float, data_wait_s: float) -> TrainerReport:

@@ -50,7 +50,9 @@ class CallStatistics:
     send_s: float = 0.0
     """Packing and posting rows."""
     wait_s: float = 0.0
-    """Waiting for servers."""
+    """Waiting for servers, with nothing else to do."""
+    hidden_s: float = 0.0
+    """From sending to waiting: other work that hid the servers'."""
     bytes_sent: int = 0
     bytes_received: int = 0
 
