@@ -176,8 +176,8 @@ ANSWER = "answer to "
 
 
 def messages_of(workers: Sequence[Recording]) -> list[Message]:
-    """Requests, from a trainer's `send` (fact `server`) to that server's `wire` or `kernels` of the same name; answers,
-    from its `send` (fact `rank`) to the trainer's `wait`."""
+    """Requests, from a trainer's `send` (fact `server`) to that server's `wire` of the same name (fact `rank`), or its
+    `kernels` where there is none; answers, from its `send` (fact `rank`) to the trainer's `wait`."""
     of_rank = {r.rank: n for n, r in enumerate(workers) if r.rank is not None}
     of_server = {r.server: n for n, r in enumerate(workers) if r.server is not None}
     takes: dict[tuple, list[tuple[float, Span]]] = {}
@@ -196,11 +196,12 @@ def messages_of(workers: Sequence[Recording]) -> list[Message]:
                 continue
             if "server" in s.facts:
                 receiver = of_server.get(s.facts["server"])
-                keys = [(receiver, "request", s.name, who) for who in (worker.rank, None)]
+                noted, computed = ((receiver, "request", s.name, who) for who in (worker.rank, None))
+                key = noted if noted in takes else computed
             else:
                 receiver = of_rank.get(s.facts.get("rank"))
-                keys = [(receiver, "answer", s.name.removeprefix(ANSWER), worker.server)]
-            later = [take for key in keys for take in takes.get(key, ()) if take[0] >= s.start]
+                key = receiver, "answer", s.name.removeprefix(ANSWER), worker.server
+            later = [take for take in takes.get(key, ()) if take[0] >= s.start]
             if receiver is not None and later:
                 arrival, taken = min(later, key=lambda take: take[0])
                 found.append(Message(n, s, receiver, taken, arrival))
