@@ -279,7 +279,8 @@ def _bars(axes: Axes, load: Mapping[str, np.ndarray]) -> None:
     axes.bar(x, load["packed"], 0.84, color=LOADS["packed"])
     axes.bar(x, load["planned"], 0.5, color=LOADS["planned"])
     if "measured" in load:
-        axes.hlines(load["measured"], x - 0.34, x + 0.34, color=LOADS["measured"], lw=3)
+        busy = np.flatnonzero(load["measured"])
+        axes.hlines(load["measured"][busy], busy - 0.34, busy + 0.34, color=LOADS["measured"], lw=3)
 
 
 def _outlines(axes: Axes, load: Mapping[str, np.ndarray]) -> None:
