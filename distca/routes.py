@@ -1,10 +1,11 @@
 """Which rows does a rank send and receive because of a plan?
 
-A server's rows are sorted by document and position, so that the rows and keys of a task are contiguous, and every row
-keeps its place in its document modulo `TILE`, with padding between:
+*At home* is a task whose rows and keys lie side by side on the rank that its server lives on: nothing of it moves, and
+it is attended where its rows are. Of all other tasks a server gets the rows, so that those of a task are contiguous. A
+part of a document keeps its place in the document modulo `TILE`, with padding between; whole documents follow without:
 
-    home rank 0  | doc 0 | doc 1 ...|        server 2  queries | doc 1 rows 128.. |  | doc 4 rows 0.. |
-    home rank 1  | ... doc 1 | doc 4 |                 keys    | doc 1 keys 0..      |  | doc 4 keys 0.. |
+    home rank 0  | doc 0 | doc 1 ...|        server 2  queries | doc 1 rows 128.. |  | doc 4 | doc 5 |
+    home rank 1  | ... doc 1 | doc 4 | doc 5 |         keys    | doc 1 keys 0..      |  | doc 4 | doc 5 |
 
 A *shipment* is a run of rows with one home rank and one server; both ends derive their row numbers from the same
 shipments, in the order in which the rows lie at the server. A row goes to a server once, however many of the server's
@@ -25,7 +26,7 @@ from distca.plan import Plan
 
 NO_ROWS = np.zeros(0, np.int64)
 TILE = 128
-"""Tiles and blocks of kernels divide it: so they are the document's own, wherever it was cut, and never shared."""
+"""Tiles and blocks of kernels divide it: so those of a document that is cut are its own, wherever it was cut."""
 Weight = int | Callable[["Shipments"], np.ndarray]
 
 
@@ -35,26 +36,43 @@ class Routes:
 
     plan: Plan
     digest: int
+    is_at_home: np.ndarray  # (C,) bool, of the plan's tasks
+    at_home: Bands
+    """The tasks at home, in the plan's order, in the row numbers of their ranks."""
 
     def of_trainer(self, rank: int) -> TrainerRoute:
         segments = self.plan.segments
         tasks = _tasks_of(self.plan, np.unique(segments.document[segments.rank == rank]))
-        queries, keys = (shipments.of_rank(rank) for shipments, *_ in _ship(self.plan, tasks))
+        queries, keys = (x.of_rank(rank) for x, *_ in _ship(self.plan, tasks[~self.is_at_home[tasks]]))
         q_rows, kv_rows = (_rows_by(x.server, x.home_row, x.rows) for x in (queries, keys))
-        links = tuple(
-            ServerRows(s, q_rows.get(s, NO_ROWS), kv_rows.get(s, NO_ROWS)) for s in sorted({*q_rows, *kv_rows})
-        )
-        return TrainerRoute(rank, links, queries.are_disjoint(), self.digest)
+        home = self.at_home[_homes(self.plan)[self.plan.server[self.is_at_home]] == rank]
+        servers = sorted({*q_rows, *kv_rows})
+        parts = [_covered(home), *(q_rows.get(s, NO_ROWS) for s in servers)]
+        times = np.bincount(np.concatenate(parts))  # how many of them compute a part of a row
+        shared = np.flatnonzero(times > 1)
+        links = []
+        for s, part in zip(servers, parts[1:], strict=True):
+            is_shared = times[part] > 1
+            links.append(
+                ServerRows(
+                    server=s,
+                    q_rows=part,
+                    kv_rows=kv_rows.get(s, NO_ROWS),
+                    alone=np.flatnonzero(~is_shared),
+                    shared=np.flatnonzero(is_shared),
+                    into=np.searchsorted(shared, part[is_shared]),
+                )
+            )
+        return TrainerRoute(rank, home, tuple(links), shared, self.digest)
 
     def of_server(self, server: int) -> ServerRoute:
-        tasks = np.flatnonzero(self.plan.server == server)
+        tasks = np.flatnonzero((self.plan.server == server) & ~self.is_at_home)
         (queries, q0, num_q_rows), (keys, k0, num_kv_rows) = _ship(self.plan, tasks)
         q_rows, kv_rows = queries.by_rank(), keys.by_rank()
         links = tuple(
             TrainerRows(r, q_rows.get(r, NO_ROWS), kv_rows.get(r, NO_ROWS)) for r in sorted({*q_rows, *kv_rows})
         )
-        b = self.plan.bands[tasks]
-        packed = Bands(q0, q0 + b.q1 - b.q0, k0, k0 + b.k1 - b.k0, b.lo, b.hi)
+        packed = _moved_to(self.plan.bands[tasks], q0, k0)
         return ServerRoute(server, links, packed, num_q_rows, num_kv_rows, self.digest)
 
     def moved_rows(self) -> tuple[int, int]:
@@ -75,7 +93,7 @@ class Routes:
 @dataclass(frozen=True, slots=True)
 class Shipments:
     """Rows [home_row, home_row + rows) of `rank` are rows [server_row, server_row + rows) of `server`, if that is the
-    only server; `server_row` counts on over servers. In this order."""
+    only server. In this order."""
 
     rank: np.ndarray  # (N,) int64
     server: np.ndarray  # (N,) int64
@@ -94,12 +112,6 @@ class Shipments:
         travel."""
         return _rows_by(self.rank, self.server_row, self.rows)
 
-    def are_disjoint(self) -> bool:
-        """All shipments of one rank: no row goes to more than one server."""
-        order = np.argsort(self.home_row)
-        start, rows = self.home_row[order], self.rows[order]
-        return bool((start[1:] >= (start + rows)[:-1]).all())
-
 
 @dataclass(frozen=True, slots=True)
 class ServerRows:
@@ -108,6 +120,9 @@ class ServerRows:
     server: int
     q_rows: np.ndarray  # (Q,) int64
     kv_rows: np.ndarray  # (K,) int64
+    alone: np.ndarray  # (A,) int64, which of q_rows only this server computes
+    shared: np.ndarray  # (Q - A,) int64, the others
+    into: np.ndarray  # (Q - A,) int64, where these are in the route's `shared`
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +137,11 @@ class TrainerRows:
 @dataclass(frozen=True, slots=True)
 class TrainerRoute:
     rank: int
+    home: Bands
+    """Tasks at home, in this rank's row numbers."""
     links: tuple[ServerRows, ...]
-    rows_are_whole: bool
-    """No query row is attended on more than one server: answers need no merging."""
+    shared: np.ndarray  # (M,) int64
+    """Query rows that several compute a part of (home, servers), ascending: these parts are merged."""
     digest: int
 
 
@@ -132,6 +149,7 @@ class TrainerRoute:
 class ServerRoute:
     server: int
     links: tuple[TrainerRows, ...]
+    """One for each rank whose rows it needs; the rank that the server lives on may be one of them."""
     tasks: Bands
     num_q_rows: int
     """With padding, of which nothing travels."""
@@ -141,7 +159,46 @@ class ServerRoute:
 
 def routes_of(plan: Plan) -> Routes:
     """Every row that has to be at a server for its tasks, once each."""
-    return Routes(plan, plan.digest())
+    is_at_home, at_home = _tasks_at_home(plan)
+    return Routes(plan, plan.digest(), is_at_home, at_home)
+
+
+def _homes(plan: Plan) -> np.ndarray:
+    """(servers,) int64: the one rank that each server lives on; -1 where there is none or a group of them."""
+    single = plan.pool.ranks_per_home == 1
+    return np.array([h if h is not None and single else -1 for h in plan.pool.home], np.int64)
+
+
+def _tasks_at_home(plan: Plan) -> tuple[np.ndarray, Bands]:
+    """Which tasks are at home, and these in the row numbers of their ranks."""
+    s, b, home = plan.segments, plan.bands, _homes(plan)[plan.server]
+    order, stride = order_by(s.document, s.start), int(plan.lengths.max(initial=0)) + 1
+    ends = s.document[order] * stride + s.end[order]
+
+    def segment_of(start, end) -> tuple[np.ndarray, np.ndarray]:
+        """Segment of each row range [start, end) of a task's document, and whether the segment holds all of it."""
+        found = np.searchsorted(ends, plan.document * stride + start, side="right")
+        segment = order[np.minimum(found, len(order) - 1)] if len(order) else found
+        return segment, (end > start) & (s.rank[segment] == home) & (end <= s.end[segment])
+
+    of_rows, rows_are_here = segment_of(b.q0, b.q1)
+    of_keys, keys_are_here = segment_of(b.k0, b.k1)
+    here = rows_are_here & keys_are_here
+    of_rows, of_keys, b = of_rows[here], of_keys[here], b[here]
+    q0, k0 = s.row[of_rows] + b.q0 - s.start[of_rows], s.row[of_keys] + b.k0 - s.start[of_keys]
+    return here, _moved_to(b, q0, k0)
+
+
+def _moved_to(bands: Bands, q0: np.ndarray, k0: np.ndarray) -> Bands:
+    """The same bands with these first rows and keys."""
+    return Bands(q0, q0 + bands.q1 - bands.q0, k0, k0 + bands.k1 - bands.k0, bands.lo, bands.hi)
+
+
+def _covered(bands: Bands) -> np.ndarray:
+    """The rows of any band, ascending, once each."""
+    size = int(bands.q1.max(initial=0)) + 1
+    opened = np.bincount(bands.q0, minlength=size) - np.bincount(bands.q1, minlength=size)
+    return np.flatnonzero(np.cumsum(opened))
 
 
 def _tasks_of(plan: Plan, documents: np.ndarray) -> np.ndarray:
@@ -183,8 +240,12 @@ def _ship_ranges(plan: Plan, segments, server, document, start, end) -> tuple[Sh
     and the number of server rows. `segments`, sorted by document and start, hold all rows of these documents."""
     span, first_range, span_end = _union(server, document, start, end)
     span_server, span_document, span_start = server[first_range], document[first_range], start[first_range]
-    room = -(-span_end // TILE) * TILE - span_start // TILE * TILE
-    span_row = np.cumsum(room) - room + span_start % TILE
+    is_part = span_end - span_start < plan.lengths[span_document]
+    padded = -(-span_end // TILE) * TILE - span_start // TILE * TILE
+    room, order = np.where(is_part, padded, span_end - span_start), np.argsort(~is_part, kind="stable")
+    span_row = np.empty_like(room)
+    span_row[order] = np.cumsum(room[order]) - room[order]
+    span_row[is_part] += span_start[is_part] % TILE
 
     # each span crosses one or more segments of its document, which are consecutive
     s, stride = plan.segments, int(plan.lengths.max(initial=0)) + 1

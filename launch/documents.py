@@ -229,10 +229,7 @@ def _why_refused(name: str) -> str | None:
 @functools.lru_cache(maxsize=4096)
 def _may_carry_meaning(name: str) -> bool:
     """Does a name look like one value per token: some mask, ids of some sort, tokens, labels, targets, pieces?"""
-    return (
-        not _role(name)
-        and re.search(_MAY_CARRY_MEANING, _plain(name)) is not None
-    )
+    return not _role(name) and re.search(_MAY_CARRY_MEANING, _plain(name)) is not None
 
 
 @functools.lru_cache(maxsize=4096)

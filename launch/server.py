@@ -37,7 +37,7 @@ class DedicatedServer:
         self._number, self._settings, self._meeting = number, settings, meeting
         self._device = torch.device(device)
         self._trace = Trace()
-        self._server = AttentionServer(number, backend_of(settings), self._device)
+        self._server = AttentionServer(number, backend_of(settings), self._device, trace=self._trace)
 
     def connect(self) -> None:
         store = connect_store(self._meeting.host, self._meeting.port, self._settings.parallel.start_timeout_s)

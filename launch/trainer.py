@@ -33,7 +33,6 @@ from distca.order import Cursor, Pieces
 from distca.parallel.attach import AttentionCall, PackedCausalLM, checkpoint_activations, probe
 from distca.parallel.core_attention import CallStatistics, CoreAttention, Exchange
 from distca.parallel.engine import DTYPES, Engine, PlainEngine
-from distca.parallel.link import LocalLink
 from distca.parallel.models import build_model, read_config
 from distca.parallel.server import AttentionServer, ServerReport
 from distca.plan import MILLION, Plan, PlanInputs, combined_digest
@@ -62,11 +61,9 @@ class PlanSummary:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one trainer needs for a micro-batch; the plan's inputs are the same on all."""
+    """What one trainer needs for a micro-batch."""
 
     number: int
-    inputs: PlanInputs
-    digest: int
     routes: dict[MaskRule, tuple[TrainerRoute, TrainerRoute]]  # forward and backward
     rows: Rows
     summary: PlanSummary
@@ -136,20 +133,20 @@ class Trainer:
         if m.activation_checkpointing:
             checkpoint_activations(self._module.model)
         self._module.train()
-        self._trace = Trace()
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="plan-ahead")
         self._next: Future[StepBatch] | None = None
         self._server: AttentionServer | None = None
+        self._trace = Trace()
         self._engine: Engine | PlainEngine | None = None
 
     def connect(self) -> None:
         """Open the links to all servers and start the engine; every worker must be made by now."""
-        links, home = {}, self._pool.home
+        links, home, parallel = {}, self._pool.home, self._settings.parallel
         if self._rank in home:
-            own = home.index(self._rank)
-            self._server = AttentionServer(own, backend_of(self._settings), self._device)
-            links[own], far_end = LocalLink.pair(self._settings.parallel.deadline_s)
-            self._server.serve(self._rank, far_end)
+            own, backend = home.index(self._rank), backend_of(self._settings)
+            self._server = AttentionServer(
+                own, backend, self._device, self._rank, deadline_s=parallel.deadline_s, trace=self._trace
+            )
         for rank, server in meetings(self._settings):
             end = 0 if rank == self._rank else 1 if home[server] == self._rank else None
             if end is None:
@@ -159,7 +156,9 @@ class Trainer:
                 links[server] = link
             else:
                 self._server.serve(rank, link)
-        self._exchange = Exchange(self._rank, links)
+        self._exchange = Exchange(self._rank, links, self._server, trace=self._trace)
+        dedicated = [server for server, rank in enumerate(home) if rank is None]
+        self._announces_to = dedicated[self._rank :: parallel.trainers]  # one trainer is enough
         kind = PlainEngine if self._settings.train.precision == "fp64" else Engine
         self._engine = kind(self._module, self._settings, self._device)
 
@@ -233,7 +232,6 @@ class Trainer:
         return dict(parameters=parameters, layers=layers)
 
     def _forward_backward(self, micro_batch: MicroBatch, targets: int) -> float:
-        self._exchange.announce(micro_batch.number, micro_batch.inputs, micro_batch.digest)
         attention = CoreAttention(self._exchange, micro_batch.number, micro_batch.routes)
         rows = [torch.from_numpy(x).to(self._device) for x in micro_batch.rows]
         facts = dict(micro_batch=micro_batch.number)
@@ -246,16 +244,18 @@ class Trainer:
         return float(summed_loss.detach())
 
     def _prepare(self, step: int, cursor: Cursor) -> StepBatch:
-        """Lengths, plans, routes and rows of a step, on the host thread."""
+        """Lengths, plans, routes and rows of a step, on the host thread; servers get to know the plans here."""
         with self._trace.span("plan", f"documents of step {step}"):
             pieces, cursor = self._stream.step(cursor, self._settings.accumulation)
             targets = sum(map(self._stream.num_targets, pieces))
-        start, first = time.perf_counter(), (step - 1) * self._settings.accumulation
+        start, accumulation = time.perf_counter(), self._settings.accumulation
+        first = (step - 1) * accumulation
+        oldest = max(0, first - accumulation)  # while this step is prepared, the one before it may run
         with self._trace.span("plan", f"plans, routes and rows of step {step}"):
-            micro_batches = [self._plan(first + number, p) for number, p in enumerate(pieces)] if targets else []
-        return StepBatch(step, pieces, micro_batches, targets, cursor, time.perf_counter() - start)
+            planned = [self._plan(first + number, p, oldest) for number, p in enumerate(pieces)] if targets else []
+        return StepBatch(step, pieces, planned, targets, cursor, time.perf_counter() - start)
 
-    def _plan(self, number: int, pieces: Pieces) -> MicroBatch:
+    def _plan(self, number: int, pieces: Pieces, oldest: int) -> MicroBatch:
         planner, trainers = self._settings.planner, self._settings.parallel.trainers
         tolerance, group = round(planner.tolerance * MILLION), max(c.query_heads // c.kv_heads for c in self._calls)
         inputs = PlanInputs(
@@ -263,15 +263,19 @@ class Trainer:
         )
         plans = {rule: plan_directions(inputs, rule) for rule in self._rules}
         routes = {plan: routes_of(plan) for both in plans.values() for plan in both}
-        my_routes = {plan: r.of_trainer(self._rank) for plan, r in routes.items()}
+        digest = combined_digest([routes[plan].digest for both in plans.values() for plan in both])
+        if self._server:
+            served = {plan: r.of_server(self._server.number) for plan, r in routes.items()}
+            by_window = {rule.window: tuple(served[plan] for plan in both) for rule, both in plans.items()}
+            self._server.adopt(number, by_window, oldest)
+        for server in self._announces_to:
+            self._exchange.announce(server, number, inputs, digest, oldest)
+        my_routes = {plan: self._exchange.adopt(r.of_trainer(self._rank), self._device) for plan, r in routes.items()}
         mine = plans[self._rules[0]][0].segments.of_rank(self._rank)
         rows = self._stream.rows(pieces, mine.document, mine.start, mine.end)
         summary = self._summary(plans, routes, int(pieces.lengths.sum()))
-        digest = combined_digest([routes[plan].digest for both in plans.values() for plan in both])
         return MicroBatch(
             number,
-            inputs,
-            digest,
             {rule: tuple(my_routes[plan] for plan in both) for rule, both in plans.items()},
             rows,
             summary,

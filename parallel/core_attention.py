@@ -1,13 +1,18 @@
 """What does a model call in place of its own core attention?
 
-`CoreAttention`, one per micro-batch on each trainer: it sends the rows of a call to the servers that the plan names and
-brings the results home. Towards autograd it is two operators, so that other work fits between sending and waiting:
+`CoreAttention`, one per micro-batch on each trainer: it sends the rows of a call to the servers that the plan names,
+attends what is at home on the model's own tensors, and brings the results of the others home. Towards autograd it is
+two operators, so that other work fits between sending and waiting:
 
-    forward   begin: send q k v  ......  end: wait for out lse, merge what several servers computed of one row
-    backward  end: send q k v lse delta d_out  ......  begin: wait for dq dk dv, add what several return of one row
+    forward   begin: send q k v  ......  end: attend, wait for out lse, merge what several computed of one row
+    backward  end: send q k v lse delta d_out  ......  begin: attend, wait for dq dk dv, add what several return
 
 Sending rows out and adding them up at home are each other's adjoint, so backward follows the same routes with arrows
-reversed.
+reversed. A trainer that serves computes in this order, on one thread, which is the same on all trainers:
+
+    tasks at home  |  its share of the call, for others  |  what is there of calls begun since  |  wait, merge
+
+No trainer leaves a call before it has done its share, so nobody waits for one that waits elsewhere.
 """
 
 from __future__ import annotations
@@ -15,17 +20,18 @@ from __future__ import annotations
 import itertools
 import time
 import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from distca.kernels.delta import delta_of
 from distca.kernels.merge import merge, statistics_dtype
+from distca.kernels.rows import Part, scatter
 from distca.masks import MaskRule
 from distca.parallel.link import (
     BACKWARD,
     DTYPE_CODES,
-    DTYPES,
     FAILURE,
     FORWARD,
     PLAN,
@@ -33,11 +39,14 @@ from distca.parallel.link import (
     Header,
     Link,
     LinkError,
+    Rows,
     unpack,
 )
-from distca.parallel.server import reply_shapes
+from distca.parallel.rows import on_device
+from distca.parallel.server import REQUEST_ROWS, AttentionServer, reply_shapes
 from distca.plan import PlanInputs
-from distca.routes import TrainerRoute
+from distca.routes import ServerRows, TrainerRoute
+from distca.trace import Trace
 
 # Shape suffixes: T rows on this rank, H query heads, G key/value heads, D head size.
 
@@ -50,19 +59,41 @@ class CallStatistics:
     send_s: float = 0.0
     """Packing and posting rows."""
     wait_s: float = 0.0
-    """Waiting for servers, with nothing else to do."""
+    """Waiting for servers, and for rows of others: exposed."""
     hidden_s: float = 0.0
-    """From sending to waiting: other work that hid the servers'."""
+    """Between sending rows and waiting for their results: spent on other work."""
     bytes_sent: int = 0
     bytes_received: int = 0
 
 
-class Exchange:
-    """A trainer's links to all servers, and the statistics of what crosses them."""
+@dataclass(slots=True)
+class BegunCall:
+    """A call whose rows are on their way and whose results nobody has asked for yet."""
 
-    def __init__(self, rank: int, links: dict[int, Link]):
-        self.rank, self.links = rank, links
-        self.statistics = CallStatistics()
+    header: Header
+    route: TrainerRoute
+    rows: list[torch.Tensor]  # see REQUEST_ROWS
+    sent_at: float
+    at_home: tuple[torch.Tensor, ...] | None = None  # results of the tasks at home
+    served: bool = False
+    own: list[Rows] = field(default_factory=list)  # results of what the trainer's own server did with its rows
+
+
+class Exchange:
+    """A trainer's links to servers, the server that lives with it, if any, and the statistics of what crosses them."""
+
+    def __init__(
+        self,
+        rank: int,
+        links: dict[int, Link],
+        own: AttentionServer | None = None,
+        open_link: Callable[[int], Link] | None = None,
+        trace: Trace | None = None,
+    ):
+        """`open_link(server)` gives the link to a server that a plan names for the first time."""
+        self.rank, self.links, self.own = rank, links, own
+        self.statistics, self._open_link, self._trace = CallStatistics(), open_link, trace or Trace()
+        self._begun: dict[tuple[int, int, int], BegunCall] = {}
 
     def take_statistics(self) -> CallStatistics:
         """What happened since the last call of this method."""
@@ -73,26 +104,71 @@ class Exchange:
             link.bytes_sent = link.bytes_received = 0
         return taken
 
-    def announce(self, step: int, inputs: PlanInputs, digest: int) -> None:
-        """Tell every server what the micro-batch's plans are made from, and what they must come to."""
-        words = torch.from_numpy(inputs.to_words())
-        for link in self.links.values():
-            link.send(Header(PLAN, step, digest=digest), [words])
+    def announce(self, server: int, step: int, inputs: PlanInputs, digest: int, oldest: int) -> None:
+        """Tell a dedicated server what a micro-batch's plans are made from, and what they must come to; all trainers
+        have left the micro-batches before `oldest`."""
+        self.links[server].send(Header(PLAN, step, oldest, digest), [torch.from_numpy(inputs.to_words())])
 
-    def dispatch(self, route: TrainerRoute, header: Header, rows: list[torch.Tensor], is_kv: tuple[bool, ...]) -> None:
-        """Home rows out to the servers that read them. Its adjoint is `collect`."""
+    def adopt(self, route: TrainerRoute, device: torch.device) -> TrainerRoute:
+        """A route that calls can follow: its links are open, its rows on `device`."""
+        for at in route.links:
+            if not self._is_own(at) and at.server not in self.links:
+                self.links[at.server] = self._open_link(at.server)
+        return on_device(route, device)
+
+    def begin(self, route: TrainerRoute, header: Header, rows: list[torch.Tensor]) -> None:
+        """Home rows out to the servers that read them, and the call on the list."""
         start = time.perf_counter()
         for at in route.links:
-            index = [_index(at.kv_rows if kv else at.q_rows, row) for row, kv in zip(rows, is_kv, strict=True)]
-            self.links[at.server].send(header, [row.index_select(0, i) for row, i in zip(rows, index, strict=True)])
-        self.statistics.send_s += time.perf_counter() - start
+            if not self._is_own(at):
+                with self._trace.span("send", header.name(), server=at.server):
+                    self.links[at.server].send(header, _rows_for(at, rows))
+        sent_at = time.perf_counter()
+        self.statistics.send_s += sent_at - start
         self.statistics.calls += 1
+        self._begun[header.key()] = BegunCall(header, route, rows, sent_at)
 
-    def wait_replies(self, route: TrainerRoute, header: Header):
-        """Yield (server's rows, tensors) in the plan's order of servers, whatever order they arrive in."""
-        for at in route.links:
+    def finish(self, header: Header) -> tuple[BegunCall, Iterator[tuple[ServerRows, list[torch.Tensor]]]]:
+        """Attend what is at home and what others need, then wait: the call, and each server's rows of its results, in
+        the plan's order of servers, whatever order they arrive in."""
+        call = self._begun.pop(header.key())
+        self._attend_home(call)
+        self._serve(call)
+        for other in self._begun.values():
+            self._attend_home(other)
+            if self.own and self.own.is_ready(other.header):
+                self._serve(other)
+        if any(not self._is_own(at) for at in call.route.links):
+            self.statistics.hidden_s += time.perf_counter() - call.sent_at
+        return call, self._wait_results(call)
+
+    def _is_own(self, at: ServerRows) -> bool:
+        return self.own is not None and at.server == self.own.number
+
+    def _attend_home(self, call: BegunCall) -> None:
+        if call.at_home is None and len(call.route.home):
+            call.at_home = self.own.attend(call.header, call.rows, call.route.home)
+
+    def _serve(self, call: BegunCall) -> None:
+        """Do one's share of a call: tasks of this server that need rows of others."""
+        if call.served or self.own is None or not self.own.route_of(call.header).links:
+            return
+        start = time.perf_counter()
+        self.own.wait_rows(call.header)
+        self.statistics.wait_s += time.perf_counter() - start
+        at = next((at for at in call.route.links if self._is_own(at)), None)
+        own = [x.of.index_select(0, x.index) for x in _rows_for(at, call.rows)] if at else None
+        call.own, call.served = self.own.serve_call(call.header, own), True
+
+    def _wait_results(self, call: BegunCall) -> Iterator[tuple[ServerRows, list[torch.Tensor]]]:
+        header = call.header
+        for at in call.route.links:
+            if self._is_own(at):
+                yield at, [x.of.index_select(0, x.index) for x in call.own]
+                continue
             start = time.perf_counter()
-            reply, payload = self._wait_message(at.server)
+            with self._trace.span("wait", header.name(), server=at.server):
+                reply, payload = self._wait_message(at.server)
             self.statistics.wait_s += time.perf_counter() - start
             if reply.kind == FAILURE:
                 raise LinkError(payload.cpu().numpy().tobytes().rstrip(b"\0").decode())
@@ -112,9 +188,15 @@ class Exchange:
             ) from None
 
 
-def collect(home: torch.Tensor, rows, part: torch.Tensor) -> torch.Tensor:
+def _rows_for(at: ServerRows, rows: list[torch.Tensor]) -> list[Rows]:
+    """What a server needs of a call's rows. Its adjoint is `collect`."""
+    names = zip(REQUEST_ROWS, rows, strict=False)
+    return [Rows(row, at.kv_rows if name in ("k", "v") else at.q_rows) for name, row in names]
+
+
+def collect(home: torch.Tensor, rows: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """Add a server's rows to the home rows they came from, in place; the adjoint of selecting them."""
-    return home.index_add_(0, _index(rows, home), part.to(home.dtype))
+    return home.index_add_(0, rows, part.to(home.dtype))
 
 
 @dataclass(eq=False)
@@ -125,7 +207,7 @@ class CoreAttention:
     step: int
     """Micro-batch number."""
     routes: dict[MaskRule, tuple[TrainerRoute, TrainerRoute]]
-    """Forward and backward."""
+    """Forward and backward, as `Exchange.adopt` gives them."""
     _site: int = field(default_factory=itertools.count().__next__, init=False)
     _calls: itertools.count = field(default_factory=itertools.count, init=False)
     _pending: dict[int, Header] = field(default_factory=dict, init=False)
@@ -156,33 +238,45 @@ class CoreAttention:
             softcap,
         )
         self._pending[call] = header
-        self.exchange.dispatch(route, header, [q, k, v], (False, True, True))
+        self.exchange.begin(route, header, [q, k, v])
 
     def wait_forward(self, q: torch.Tensor, call: int) -> tuple[torch.Tensor, torch.Tensor]:
-        header = self._pending[call]
-        route, statistics = self.routes[MaskRule(header.window)][0], statistics_dtype(q.dtype)
-        out = torch.zeros(q.shape, dtype=q.dtype if route.rows_are_whole else statistics, device=q.device)
-        lse = torch.full(q.shape[:2], -torch.inf, dtype=statistics, device=q.device)
-        for at, (part, part_lse) in self.exchange.wait_replies(route, header):
-            rows = _index(at.q_rows, q)
-            if route.rows_are_whole:
-                out[rows], lse[rows] = part, part_lse
+        begun, results = self.exchange.finish(self._pending[call])
+        stats, shared = statistics_dtype(q.dtype), begun.route.shared
+        out, lse = begun.at_home or (
+            torch.zeros_like(q),
+            torch.full(q.shape[:2], -torch.inf, dtype=stats, device=q.device),
+        )
+        some_out, some_lse = out.index_select(0, shared).to(stats), lse.index_select(0, shared)
+        for at, (part, part_lse) in results:
+            if len(at.shared):
+                both = some_out[at.into], some_lse[at.into], part[at.shared].to(stats), part_lse[at.shared]
+                some_out[at.into], some_lse[at.into] = merge(*both)
+                rows, part, part_lse = at.q_rows[at.alone], part[at.alone], part_lse[at.alone]
             else:
-                out[rows], lse[rows] = merge(out[rows], lse[rows], part.to(statistics), part_lse)
-        return out.to(q.dtype), lse
+                rows = at.q_rows
+            scatter([Part(out, rows, part), Part(lse, rows, part_lse)])
+        if len(shared):
+            out.index_copy_(0, shared, some_out.to(q.dtype))
+            lse.index_copy_(0, shared, some_lse)
+        return out, lse
 
     def send_backward(self, q, k, v, out, lse, d_out, call: int) -> None:
         route = self.routes[MaskRule(self._pending[call].window)][1]
         header = self._pending[call] = replace(self._pending[call], kind=BACKWARD, digest=route.digest)
-        rows = [q, k, v, lse, delta_of(out, d_out), d_out]
-        self.exchange.dispatch(route, header, rows, (False, True, True, False, False, False))
+        self.exchange.begin(route, header, [q, k, v, lse, delta_of(out, d_out), d_out])
 
-    def wait_backward(self, q_shape: torch.Size, k_shape: torch.Size, device: torch.device, call: int):
-        header = self._pending.pop(call)
-        dtype = DTYPES[header.dtype]
-        dq, dk, dv = (torch.zeros(s, dtype=statistics_dtype(dtype), device=device) for s in (q_shape, k_shape, k_shape))
-        route = self.routes[MaskRule(header.window)][1]
-        for at, (part_dq, part_dk, part_dv) in self.exchange.wait_replies(route, header):
+    def wait_backward(self, call: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        begun, results = self.exchange.finish(self._pending.pop(call))
+        q, k, v, *_ = begun.rows
+        if not begun.route.links:
+            return begun.at_home
+        dtype, stats = q.dtype, statistics_dtype(q.dtype)
+        if begun.at_home:
+            dq, dk, dv = (x.to(stats) for x in begun.at_home)
+        else:
+            dq, dk, dv = (torch.zeros_like(x, dtype=stats) for x in (q, k, v))
+        for at, (part_dq, part_dk, part_dv) in results:
             collect(dq, at.q_rows, part_dq)
             collect(dk, at.kv_rows, part_dk)
             collect(dv, at.kv_rows, part_dv)
@@ -219,13 +313,11 @@ def end(
 
 
 def _begin_context(ctx, inputs, output):
-    q_THD, k_TGD, _v, ctx.site, ctx.call, *_ = inputs
-    ctx.q_shape, ctx.k_shape, ctx.device = q_THD.shape, k_TGD.shape, q_THD.device
+    _q, _k, _v, ctx.site, ctx.call, *_ = inputs
 
 
 def _begin_backward(ctx, _d_token):
-    gradients = _sites[ctx.site].wait_backward(ctx.q_shape, ctx.k_shape, ctx.device, ctx.call)
-    return (*gradients, None, None, None, None, None)
+    return (*_sites[ctx.site].wait_backward(ctx.call), None, None, None, None, None)
 
 
 def _end_context(ctx, inputs, output):
@@ -241,7 +333,3 @@ def _end_backward(ctx, d_out_THD, _d_lse):
 
 begin.register_autograd(_begin_backward, setup_context=_begin_context)
 end.register_autograd(_end_backward, setup_context=_end_context)
-
-
-def _index(rows, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(rows).to(like.device)

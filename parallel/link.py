@@ -20,10 +20,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+
+from distca.kernels.rows import Part, gather
 
 PLAN, FORWARD, BACKWARD, REPLY, FAILURE = range(1, 6)
 KIND_NAMES = {PLAN: "plan", FORWARD: "forward", BACKWARD: "backward", REPLY: "reply", FAILURE: "failure"}
@@ -88,11 +90,26 @@ class Header:
             raise Damaged("a header arrived damaged (checksum)")
         return Header(*words)
 
+    def key(self) -> tuple[int, int, int]:
+        """Which call it belongs to."""
+        return self.step, self.call, self.kind
+
+    def name(self) -> str:
+        """The same for people."""
+        return f"{KIND_NAMES.get(self.kind)} call {self.call} of micro-batch {self.step}"
+
     def asks_the_same(self, other: Header) -> bool:
         """Whether both ask for the same computation; what concerns their links and payloads may differ."""
         return replace(self, received=0, payload_bytes=0, checksum=0) == replace(
             other, received=0, payload_bytes=0, checksum=0
         )
+
+
+class Rows(NamedTuple):
+    """Some rows of a tensor, to be sent: they are gathered where the message is written."""
+
+    of: torch.Tensor  # (T, ...)
+    index: torch.Tensor | None  # (N,) int64; None is all of them
 
 
 class Link(Protocol):
@@ -101,22 +118,29 @@ class Link(Protocol):
     bytes_sent: int
     bytes_received: int
 
-    def send(self, header: Header, tensors: Sequence[torch.Tensor] = ()) -> None:
+    def send(self, header: Header, tensors: Sequence[torch.Tensor | Rows] = ()) -> None:
         """Post a message; returns before it has arrived. The tensors may change afterwards."""
 
     def wait_message(self) -> tuple[Header, torch.Tensor]:
         """Wait for the next message: its header and its payload, (bytes,) uint8. Raises LinkError."""
 
 
-def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def pack(tensors: Sequence[torch.Tensor | Rows]) -> torch.Tensor:
     """Tensors end to end as bytes, each starting at a multiple of 16: (bytes,) uint8. Its inverse is `unpack`."""
-    sizes = [_padded(t.numel() * t.element_size()) for t in tensors]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    payload = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    for tensor, part in zip(tensors, payload.split(sizes), strict=True):
-        size = tensor.numel() * tensor.element_size()
-        part[:size].view(tensor.dtype).copy_(tensor.reshape(-1))
+    rows = [x if isinstance(x, Rows) else Rows(x, None) for x in tensors]
+    shapes = [x.of.shape if x.index is None else (len(x.index), *x.of.shape[1:]) for x in rows]
+    sizes = [torch.Size(shape).numel() * x.of.element_size() for shape, x in zip(shapes, rows, strict=True)]
+    device = rows[0].of.device if rows else torch.device("cpu")
+    payload = torch.empty(sum(map(_padded, sizes)), dtype=torch.uint8, device=device)
+    gathered = []
+    for x, size, shape, part in zip(rows, sizes, shapes, payload.split([_padded(s) for s in sizes]), strict=True):
+        place = part[:size].view(x.of.dtype).view(shape)
+        if x.index is None:
+            place.copy_(x.of)
+        else:
+            gathered.append(Part(x.of, x.index, place))
         part[size:] = 0
+    gather(gathered)
     return payload
 
 

@@ -79,7 +79,7 @@ def test_every_task_finds_its_rows_at_its_server(lengths, pool, window):
         home[rank][row : row + b - a] = offsets[d] + np.arange(a, b)
 
     for server in range(len(pool)):
-        route = routes.of_server(server)
+        route, rank = routes.of_server(server), pool.home[server]
         q_rows, kv_rows = np.full(route.num_q_rows, -1), np.full(route.num_kv_rows, -1)
         for at_server in route.links:
             at_home = next(x for x in routes.of_trainer(at_server.rank).links if x.server == server)
@@ -90,17 +90,50 @@ def test_every_task_finds_its_rows_at_its_server(lengths, pool, window):
             place, token = np.flatnonzero(rows >= 0), rows[rows >= 0]
             assert len(np.unique(token)) == len(token), "a row travels once"
             document = np.searchsorted(offsets, token, side="right") - 1
+            is_part = np.bincount(document, minlength=len(offsets))[document] < inputs.lengths[document]
+            place, token, document = place[is_part], token[is_part], document[is_part]
             assert ((place - (token - offsets[document])) % TILE == 0).all(), "a row keeps its place modulo TILE"
-            assert len(rows) % TILE == 0
             tile, owner = np.unique(np.stack([place // TILE, document]), axis=1)
-            assert len(np.unique(tile)) == len(tile), "documents share no tile"
+            assert len(np.unique(tile)) == len(tile), "documents in parts share no tile"
+            assert len(rows) < TILE * (len(np.unique(tile)) + 1) + inputs.lengths.sum(), "whole documents: no padding"
         mine = np.flatnonzero(plan.server == server)
-        assert len(mine) == len(route.tasks)
-        for i, c in enumerate(mine):
-            t, b, base = route.tasks, plan.bands, offsets[plan.document[c]]
-            assert (q_rows[t.q0[i] : t.q1[i]] == base + np.arange(b.q0[c], b.q1[c])).all()
-            assert (kv_rows[t.k0[i] : t.k1[i]] == base + np.arange(b.k0[c], b.k1[c])).all()
-            assert (t.lo[i], t.hi[i]) == (b.lo[c], b.hi[c])
+        at_home = routes.is_at_home[mine]
+        assert len(mine) == len(route.tasks) + at_home.sum()
+        bring = [(route.tasks, mine[~at_home], q_rows, kv_rows)]
+        if rank is not None:
+            bring.append((routes.of_trainer(rank).home, mine[at_home], home[rank], home[rank]))
+        else:
+            assert not at_home.any()
+        for t, numbers, q, kv in bring:
+            for i, c in enumerate(numbers):
+                b, base = plan.bands, offsets[plan.document[c]]
+                assert (q[t.q0[i] : t.q1[i]] == base + np.arange(b.q0[c], b.q1[c])).all()
+                assert (kv[t.k0[i] : t.k1[i]] == base + np.arange(b.k0[c], b.k1[c])).all()
+                assert (t.lo[i], t.hi[i]) == (b.lo[c], b.hi[c])
+
+    for rank in range(num_ranks):
+        route = routes.of_trainer(rank)
+        at_home = [np.unique(np.concatenate([np.arange(q0, q1) for q0, q1, *_ in route.home.rows()] or [[]]))]
+        rows, times = np.unique(np.concatenate(at_home + [x.q_rows for x in route.links]), return_counts=True)
+        assert route.shared.tolist() == rows[times > 1].tolist()
+        for x in route.links:
+            assert sorted([*x.alone, *x.shared]) == list(range(len(x.q_rows)))
+            assert (route.shared[x.into] == x.q_rows[x.shared]).all()
+
+
+def test_documents_that_live_where_they_are_attended_are_nobodys_rows():
+    """In place, two thousand short documents and nothing to balance: no server is sent a row."""
+    inputs = PlanInputs(np.full(2000, 8, np.int64), (MaskRule(),), 4, make_pool(4, 0, True), 20_000, 128)
+    routes = routes_of(plan_step(inputs, MaskRule()))
+    for rank in range(4):
+        assert not routes.of_trainer(rank).links and not routes.of_server(rank).links
+        assert routes.of_trainer(rank).home.area().sum() == 500 * 36
+
+
+def test_short_documents_take_no_more_rows_on_a_server_than_they_have():
+    inputs = PlanInputs(np.full(2000, 8, np.int64), (MaskRule(),), 4, make_pool(4, 2, False), 20_000, 128)
+    routes = routes_of(plan_step(inputs, MaskRule()))
+    assert sum(routes.of_server(s).num_q_rows for s in range(2)) <= 16_000 + 2 * TILE
 
 
 @settings(max_examples=80, deadline=None)

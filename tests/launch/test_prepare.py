@@ -29,7 +29,6 @@ from distca.launch.prepare import UNFINISHED, prepare
 TEXTS = ["one", "zwölf Boxkämpfer", "日本語 🙂", "a\x00b\n"]
 
 
-
 def test_a_second_run_reads_no_document(tmp_path, monkeypatch):
     path = write_json_lines(tmp_path / "a.jsonl", [{"text": "x"}])
     first = prepare(data_settings(tmp_path / "cache", path), 259)

@@ -394,7 +394,7 @@ def test_json_that_is_not_rows_gets_a_reason(tmp_path, content, wanted):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
 def test_an_array_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, chunk):
-    texts = ["a\\\"]}é🙂", "\\u00e9\\ud83d\\ude42", "b" * 100]
+    texts = ['a\\"]}é🙂', "\\u00e9\\ud83d\\ude42", "b" * 100]
     rows = [{"text": text, "n": -1.5e-7, "t": [True, None]} for text in texts]
     monkeypatch.setattr(read_module, "CHUNK", chunk)
     for number, dumped in enumerate((json.dumps(rows), json.dumps(rows, indent=3, ensure_ascii=False))):

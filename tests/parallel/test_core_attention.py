@@ -7,9 +7,10 @@ from dense import dense_attention, relative_error
 from in_process import attend_distributed, attention_of_ranks, make_exchanges
 
 from distca.cost import PairCost, TableCost
+from distca.kernels.attention import attend
 from distca.masks import MaskRule
 from distca.parallel.core_attention import collect
-from distca.parallel.link import LinkError
+from distca.parallel.link import FAILURE, LinkError
 from distca.plan import PlanInputs, make_pool
 from distca.planner import plan_directions, plan_step
 from distca.routes import routes_of
@@ -107,15 +108,43 @@ def test_the_same_plan_gives_the_same_bits():
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
-def test_a_server_refuses_a_trainer_with_another_plan():
-    pool = make_pool(2, 1, False)
+@pytest.mark.parametrize("pool", ["dedicated 1", "in place"])
+def test_a_server_refuses_a_trainer_with_another_plan(pool):
+    pool = POOLS[pool](2)
     q, k, v, d_out = random_rows(64, 2, 2, 8)
-    ours = PlanInputs(np.array([64]), (MaskRule(),), 2, pool, 0, 16)
+    ours, other = (PlanInputs(np.array(x), (MaskRule(),), 2, pool, 0, 16) for x in ([64], [63, 1]))
     exchanges, _ = make_exchanges(2, pool)
     sites = attention_of_ranks(exchanges, ours)
-    exchanges[1].announce(1, ours, 12345)
-    with pytest.raises(LinkError, match="different plans"):
+    sites[1] = attention_of_ranks(make_exchanges(2, pool)[0], other)[1]
+    sites[1].exchange = exchanges[1]
+    with pytest.raises((LinkError, AssertionError), match="different plans"):
         attend_distributed(sites, q, k, v, d_out)
+
+
+def test_a_server_refuses_a_plan_that_comes_out_otherwise():
+    """The trainer that announces it runs another version, or sees other documents."""
+    (exchange,), _ = make_exchanges(1, make_pool(1, 1, False))
+    exchange.announce(0, 7, PlanInputs(np.array([64]), (MaskRule(),), 1, make_pool(1, 1, False), 0, 16), 12345, 0)
+    header, payload = exchange.links[0].wait_message()
+    assert header.kind == FAILURE and b"different plans for micro-batch 7" in payload.numpy().tobytes()
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (7, 1)])
+def test_at_home_nothing_moves(heads):
+    """A plan without moves sends no message, and gives the bits of one call over the model's own tensors."""
+    lengths, pool = [100, 28, 64, 64], make_pool(2, 0, True)
+    q, k, v, d_out = random_rows(256, *heads, 16)
+    exchanges, servers = make_exchanges(2, pool, "torch")
+    sites = attention_of_ranks(exchanges, PlanInputs(np.array(lengths), (MaskRule(),), 2, pool, 1_000_000, 16))
+    got = attend_distributed(sites, q, k, v, d_out)
+    for site in sites:
+        assert not site.routes[MaskRule()][0].links
+    for rank in range(2):
+        rows = sites.tokens[128 * rank : 128 * (rank + 1)]
+        tasks = sites[rank].routes[MaskRule()][0].home
+        out, _ = attend(q[rows], k[rows], v[rows], tasks, scale=16**-0.5, backend="torch")
+        assert torch.equal(got[0][rows], out)
+    assert [s.take_report().calls for s in servers] == [2, 2]
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -131,7 +160,7 @@ def test_collect_is_the_adjoint_of_dispatch(pool):
         dispatched = torch.zeros((), dtype=torch.float64)
         for rank in range(ranks):
             for link in routes.of_trainer(rank).links:
-                rows = link.kv_rows if kv else link.q_rows
+                rows = torch.from_numpy(link.kv_rows if kv else link.q_rows)
                 y = torch.randn(len(rows), 2, 4, generator=g, dtype=torch.float64)
                 dispatched += (home[rank][rows] * y).sum()
                 collect(back[rank], rows, y)

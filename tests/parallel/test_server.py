@@ -2,6 +2,8 @@
 
 import gc
 import queue
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from in_process import Sites, attend_distributed, attention_of_ranks, make_excha
 from torch.utils.checkpoint import checkpoint
 
 from distca.masks import MaskRule
-from distca.parallel.link import FAILURE, FORWARD, Damaged, Header, LocalLink
+from distca.parallel.link import FAILURE, FORWARD, Damaged, Header, LinkError, LocalLink
 from distca.parallel.server import AttentionServer
 from distca.plan import PlanInputs, make_pool
 
@@ -23,8 +25,8 @@ def rows(seed=0, tokens=40):
     return [torch.randn(tokens, 2, 8, generator=g, dtype=torch.float64) for _ in range(4)]
 
 
-def announce(exchange, step):
-    return attention_of_ranks([exchange], AT_HOME, step)[0]
+def announce(exchange, step, oldest=0):
+    return attention_of_ranks([exchange], AT_HOME, step, oldest)[0]
 
 
 def attend(site):
@@ -43,15 +45,58 @@ def test_trainers_may_be_many_micro_batches_apart():
         attend(announce(exchanges[0], step))
     attend(behind)
     for step in range(1, 12):
-        attend(announce(exchanges[1], step))
-    assert all(set(s._routes) <= {11} and not s._waiting for s in servers), "plans that everybody has left are dropped"
+        attend(announce(exchanges[1], step, oldest=step))
+    assert set(servers[1]._routes) == {11} and not servers[1]._waiting, "plans that everybody has left are dropped"
 
 
-def test_a_call_that_nobody_announced_is_refused():
-    (exchange,), _ = make_exchanges(1, make_pool(1, 1, False))
-    exchange.links[0].send(Header(FORWARD, step=7), [])
-    header, payload = exchange.links[0].wait_message()
-    assert header.kind == FAILURE and b"nobody announced it" in payload.numpy().tobytes()
+def test_what_nobody_has_announced_is_refused():
+    inputs = PlanInputs(np.array([40]), (MaskRule(),), 1, make_pool(1, 1, False), 20_000, 16)
+    (exchange,), _ = make_exchanges(1, inputs.pool)
+    attention_of_ranks([exchange], inputs, step=7, oldest=5)
+    for header, word in (
+        (Header(FORWARD, step=7, window=9), b"window 9, which nobody has announced"),
+        (Header(FORWARD, step=4), b"all trainers had left"),
+    ):
+        exchange.links[0].send(header, [])
+        header, payload = exchange.links[0].wait_message()
+        assert header.kind == FAILURE and word in payload.numpy().tobytes()
+
+
+def test_rows_may_come_before_their_plan():
+    """Only one trainer announces a micro-batch to a server; another may be faster."""
+    pool = make_pool(2, 1, False)
+    inputs = PlanInputs(np.array([50, 30]), (MaskRule(),), 2, pool, 0, 16)
+    q, k, v, d_out = rows(tokens=80)
+    exchanges, servers = make_exchanges(2, pool)
+    announcer, exchanges[0].announce = exchanges[0].announce, lambda *x: held.append(x)
+    held = []
+    sites = attention_of_ranks(exchanges, inputs)
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(attend_distributed, sites, q, k, v, d_out)
+        while len(servers[0]._waiting.get((0, 0, FORWARD), ())) < 2:
+            time.sleep(0.01)
+        announcer(*held[0])
+        out, *_ = answer.result()
+    torch.testing.assert_close(out, dense_attention(q, k, v, [50, 30]))
+
+
+def test_a_trainer_that_serves_does_not_wait_for_one_that_has_left():
+    """Until its deadline, of minutes, when the other's death is known at once."""
+    pool = make_pool(2, 0, True)
+    inputs = PlanInputs(np.array([80]), (MaskRule(),), 2, pool, 0, 16)
+    exchanges, servers = make_exchanges(2, pool)
+    sites = attention_of_ranks(exchanges, inputs)
+    assert any(at.rank == 1 for at in servers[0]._routes[0][0][0].links), "server 0 needs rows of trainer 1"
+    servers[0]._listen(1, LeavingLink(queue.SimpleQueue(), queue.SimpleQueue()))
+    q, k, v, _ = rows(tokens=80)
+    here = sites.tokens[:40]
+    with pytest.raises(LinkError, match="rank 0 has no rows of trainer 1 .*: it has left"):
+        sites[0](q[here], k[here], v[here], MaskRule(), 1.0)
+
+
+class LeavingLink(LocalLink):
+    def wait_message(self):
+        raise LinkError("it has left")
 
 
 class DamagedLink(LocalLink):

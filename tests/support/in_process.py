@@ -14,18 +14,23 @@ from distca.plan import PlanInputs, combined_digest
 from distca.planner import plan_directions
 from distca.routes import routes_of
 
-CAUSAL = MaskRule()
+CAUSAL, CPU = MaskRule(), torch.device("cpu")
 
 
 def make_exchanges(num_ranks, pool, backend="reference"):
-    """One exchange per rank, with a link to every server of the pool; and the servers."""
-    servers = [AttentionServer(number, backend, torch.device("cpu")) for number in range(len(pool))]
-    links = [{} for _ in range(num_ranks)]
+    """One exchange per rank, with a link to every server of the pool but the one that lives with it; and the
+    servers."""
+    make = lambda number, home: AttentionServer(number, backend, CPU, home, deadline_s=60.0)  # noqa: E731
+    servers = [make(number, home) for number, home in enumerate(pool.home)]
+    exchanges = []
     for rank in range(num_ranks):
-        for number, server in enumerate(servers):
-            links[rank][number], far_end = LocalLink.pair(60.0)
-            server.serve(rank, far_end)
-    return [Exchange(rank, links[rank]) for rank in range(num_ranks)], servers
+        links, own = {}, next((s for s in servers if s.rank == rank), None)
+        for server in servers:
+            if server is not own:
+                links[server.number], far_end = LocalLink.pair(60.0)
+                server.serve(rank, far_end)
+        exchanges.append(Exchange(rank, links, own))
+    return exchanges, servers
 
 
 class Sites(list):
@@ -36,18 +41,25 @@ class Sites(list):
         self.tokens = tokens
 
 
-def attention_of_ranks(exchanges, inputs: PlanInputs, step=0):
-    """Announce a micro-batch and give every rank's CoreAttention."""
+def attention_of_ranks(exchanges, inputs: PlanInputs, step=0, oldest=0):
+    """Announce a micro-batch to all servers and give every rank's CoreAttention."""
     plans = {rule: plan_directions(inputs, rule) for rule in inputs.rules}
     routes = {rule: tuple(routes_of(plan) for plan in both) for rule, both in plans.items()}
     s = plans[inputs.rules[0]][0].segments
     first = np.cumsum(inputs.lengths) - inputs.lengths
     tokens = torch.from_numpy(ranges(first[s.document] + s.start, s.end - s.start))
     digest = combined_digest([r.digest for both in routes.values() for r in both])
+    for server in exchanges[0].links:
+        if inputs.pool.home[server] is None:
+            exchanges[0].announce(server, step, inputs, digest, oldest)
     sites = []
     for exchange in exchanges:
-        exchange.announce(step, inputs, digest)
-        mine = {rule: tuple(r.of_trainer(exchange.rank) for r in both) for rule, both in routes.items()}
+        if exchange.own:
+            mine = {rule.window: tuple(r.of_server(exchange.own.number) for r in both) for rule, both in routes.items()}
+            exchange.own.adopt(step, mine, oldest)
+        mine = {
+            rule: tuple(exchange.adopt(r.of_trainer(exchange.rank), CPU) for r in both) for rule, both in routes.items()
+        }
         sites.append(CoreAttention(exchange, step, mine))
     return Sites(sites, tokens)
 
