@@ -136,10 +136,10 @@ class Trainer:
         if m.activation_checkpointing:
             checkpoint_activations(self._module.model)
         self._module.train()
-        self._trace = Trace()
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="plan-ahead")
         self._next: Future[StepBatch] | None = None
         self._server: AttentionServer | None = None
+        self._trace = Trace()
         self._engine: Engine | PlainEngine | None = None
 
     def connect(self) -> None:
