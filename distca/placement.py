@@ -53,11 +53,15 @@ class Segments:
 
 
 def packed_in_order(lengths: np.ndarray, num_ranks: int) -> Segments:
-    """Documents end to end in their own order, cut where a rank is full: how they lie if nobody places them."""
-    document = np.flatnonzero(lengths)
-    held, zero = lengths[document], np.zeros_like(document)
-    in_a_row = Segments(document, zero, held, zero, np.cumsum(held) - held)
-    return split_ranks(in_a_row, num_ranks, int(held.sum()) // num_ranks)
+    """Documents end to end in their own order on ranks of equal rows, up to one: how they lie if nobody places them."""
+    documents, total = np.flatnonzero(lengths), int(lengths.sum())
+    first_row = np.cumsum(lengths[documents]) - lengths[documents]
+    borders = np.arange(num_ranks) * total // num_ranks
+    at = np.union1d(first_row, borders)
+    at = at[at < total]
+    index, rank = (np.searchsorted(starts, at, side="right") - 1 for starts in (first_row, borders))
+    start = at - first_row[index]
+    return Segments(documents[index], start, start + np.diff(at, append=total), rank, at - borders[rank])
 
 
 def place(
