@@ -355,7 +355,7 @@ def _record(
         grad_norm=first.grad_norm,
         learning_rate=first.learning_rate,
         tflops_per_worker=first.plan.flops / step_s / num_workers / 1e12,
-        imbalance_packed=imbalance(first.plan.load_packed, at_home),
+        imbalance_packed=imbalance(first.load_packed, at_home),
         imbalance_placed=imbalance(first.plan.load_placed, at_home),
         imbalance_planned=imbalance(first.plan.load, capacity),
         imbalance_measured=imbalance(busy_s, capacity),
@@ -389,20 +389,20 @@ class _Reporter:
             self._monitor.documents(record.step, np.concatenate(self._lengths))
             self._lengths.clear()
             if trainers[0].plan:
-                self._show_load(record, trainers[0].plan)
+                self._show_load(record, trainers[0].plan, trainers[0].load_packed)
         if recorded:
             self._monitor.timeline(recorded)
         if not record.targets:
             self._monitor.event(record.step, "no targets: weights and optimizer stay as they are")
 
-    def _show_load(self, record: StepRecord, plan: PlanSummary) -> None:
+    def _show_load(self, record: StepRecord, plan: PlanSummary, load_packed: np.ndarray) -> None:
         """A bar per worker, trainers first: with documents in their order they would do all the work, as planned the
         pool does."""
         workers = self._team.trainers + self._team.servers
         in_pool = np.zeros((3, len(workers)))
         in_pool[:, len(workers) - len(self._pool) :] = plan.load, record.server_busy_s, self._pool.capacity
         planned, busy_s, capacity = in_pool
-        packed = np.append(plan.load_packed, np.zeros(len(self._team.servers)))
+        packed = np.append(load_packed, np.zeros(len(self._team.servers)))
         seconds_per_pair = busy_s.sum() / max(1.0, planned.sum())
         self._monitor.server_load(
             record.step,

@@ -28,7 +28,7 @@ from distca.launch.data import Corpus, DocumentStream, Rows
 from distca.launch.outlook import describe_overlap, outlook_of, shape_of
 from distca.launch.server import Meeting, backend_of, meetings, open_link, pool_of, rss_mib
 from distca.launch.verify import Comparison, Document, compare_with_one_device
-from distca.masks import MaskRule
+from distca.masks import MaskRule, mask_of
 from distca.order import Cursor, Pieces
 from distca.overlap import Decision, decide, halves, num_passes
 from distca.parallel.attach import StrandedCausalLM, checkpoint_activations, probe
@@ -36,7 +36,8 @@ from distca.parallel.core_attention import CallStatistics, CoreAttention, Exchan
 from distca.parallel.engine import DTYPES, Engine, PlainEngine
 from distca.parallel.models import build_model, read_config
 from distca.parallel.server import AttentionServer, ServerReport
-from distca.plan import MILLION, Plan, PlanInputs, combined_digest
+from distca.placement import packed_in_order
+from distca.plan import MILLION, Plan, PlanInputs, combined_digest, load_at_home
 from distca.planner import plan_directions
 from distca.routes import Routes, TrainerRoute, routes_of
 from distca.schedule import learning_rate
@@ -49,7 +50,6 @@ logger = logging.getLogger(__name__)
 class PlanSummary:
     """A step's plans in numbers, summed over micro-batches and layers."""
 
-    load_packed: np.ndarray  # (trainers,) int64 cost, if documents lay in their order and were attended where they lie
     load_placed: np.ndarray  # (trainers,) int64 cost, if every row were attended where it has been placed
     load: np.ndarray  # (servers,) int64 cost, as planned
     num_tasks: int  # of one layer of each mask rule and plan
@@ -82,6 +82,7 @@ class StepBatch:
     passes: list[tuple[MicroBatch, ...]]
     """What one backward each is about: a nano-batch, or two that take turns."""
     targets: int
+    load_packed: np.ndarray | None
     cursor: Cursor
     """Where the next step begins."""
     plan_s: float
@@ -99,6 +100,7 @@ class TrainerReport:
     lengths: np.ndarray  # of all documents of the step
     epoch: int
     plan: PlanSummary | None
+    load_packed: np.ndarray | None  # (trainers,) cost, if each micro-batch's documents lay in order and stayed there
     plan_s: float
     data_wait_s: float
     exchange: CallStatistics
@@ -270,7 +272,19 @@ class Trainer:
         start = time.perf_counter()
         with self._trace.span("plan", f"plans, routes and rows of step {step}"):
             passes = self._passes(step, pieces) if targets else []
-        return StepBatch(step, pieces, passes, targets, cursor, time.perf_counter() - start)
+        load_packed = sum(self._load_packed(p.lengths) for p in pieces) if targets else None
+        return StepBatch(step, pieces, passes, targets, load_packed, cursor, time.perf_counter() - start)
+
+    def _load_packed(self, lengths: np.ndarray) -> np.ndarray:
+        """(trainers,) int64: the cost of all layers, forward and backward, if documents lay end to end in their order
+        and every row were attended where it lies."""
+        trainers = self._settings.parallel.trainers
+        segments = packed_in_order(lengths, trainers)
+        of_rule = {
+            rule: sum(load_at_home(segments, mask_of(rule, lengths), cost, trainers) for cost in self._costs)
+            for rule in self._rules
+        }
+        return sum(of_rule[call.rule] for call in self._calls)
 
     def _passes(self, step: int, pieces: list[Pieces]) -> list[tuple[MicroBatch, ...]]:
         """The step's micro-batches in pairs where they overlap, an odd one's documents in two groups."""
@@ -321,20 +335,19 @@ class Trainer:
     def _summary(
         self, plans: dict[MaskRule, tuple[Plan, Plan]], routes: dict[Plan, Routes], tokens: int
     ) -> PlanSummary:
-        loads = {plan: (plan.load_packed(), plan.load_at_home(), plan.load()) for plan in routes}
+        loads = {plan: (plan.load_at_home(), plan.load()) for plan in routes}
         moved_rows = {plan: r.moved_rows() for plan, r in routes.items()}
         pairs = {rule: int(forward.bands.area().sum()) for rule, (forward, _) in plans.items()}
-        packed, placed, load = (np.zeros_like(x) for x in next(iter(loads.values())))
+        placed, load = (np.zeros_like(x) for x in next(iter(loads.values())))
         moved_bytes, attention_flops = 0, 0.0
         for call in self._calls:
             for plan in set(plans[call.rule]):
-                packed, placed, load = (a + b for a, b in zip((packed, placed, load), loads[plan], strict=True))
+                placed, load = placed + loads[plan][0], load + loads[plan][1]
             shape = shape_of(call, DTYPES[self._settings.train.precision])
             attention_flops += shape.flops(pairs[call.rule])
             for backward, plan in enumerate(plans[call.rule]):
                 moved_bytes += shape.wire_bytes(*moved_rows[plan], bool(backward))
         return PlanSummary(
-            packed,
             placed,
             load,
             num_tasks=sum(len(plan.server) for plan in routes),
@@ -353,6 +366,7 @@ class Trainer:
             lengths=np.concatenate([p.lengths for p in batch.pieces]),
             epoch=int(max(p.epoch.max() for p in batch.pieces)),
             plan=reduce(add, plans) if plans else None,
+            load_packed=batch.load_packed,
             plan_s=batch.plan_s,
             data_wait_s=data_wait_s,
             exchange=self._exchange.take_statistics(),

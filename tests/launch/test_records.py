@@ -20,12 +20,12 @@ def settings(tmp_path):
     return make_settings(tmp_path, [30, 70], train=dict(tokens_per_step=100), parallel=dict(trainers=2))
 
 
-SUMMARY = PlanSummary(np.array([9, 3]), np.array([7, 1]), np.array([4, 4]), num_tasks=2, predicted_bytes=0, flops=8e9)
+SUMMARY = PlanSummary(np.array([7, 1]), np.array([4, 4]), num_tasks=2, predicted_bytes=0, flops=8e9)
 
 
 def report(summed_loss=120.0, targets=80, **others) -> TrainerReport:
-    learnt = dict(grad_norm=0.5, learning_rate=1e-3, plan=SUMMARY)
-    nothing = dict(grad_norm=None, learning_rate=None, plan=None)
+    learnt = dict(grad_norm=0.5, learning_rate=1e-3, plan=SUMMARY, load_packed=np.array([9, 3]))
+    nothing = dict(grad_norm=None, learning_rate=None, plan=None, load_packed=None)
     of_step = dict(cursor=(2, 0), lengths=np.array([30, 70]), epoch=0, plan_s=0.0, data_wait_s=0.0, rss_mib=1.0)
     of_workers = dict(exchange=CallStatistics(), server=ServerReport())
     values = dict(summed_loss=summed_loss, targets=targets, **of_step, **of_workers)

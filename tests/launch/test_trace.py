@@ -290,7 +290,7 @@ def test_a_steps_trace_shows_what_trainers_and_servers_did(tmp_path):
         assert team.ask(everybody, "record", False) == [[], [], []]
     assert clocks == {read_clock()[0]}, "processes of one machine share a clock"
     made = [Recording(f"worker {n}", spans, 0.0, *PLACES[n]) for n, spans in enumerate(noted)]
-    assert reports[0].plan.load_packed.sum() == reports[0].plan.load.sum() == reports[1].plan.load.sum() > 0
+    assert reports[0].load_packed.sum() == reports[0].plan.load.sum() == reports[1].plan.load.sum() > 0
     step = StepTrace(2, start, end, [*made, Recording("driver", [])], reports[0].plan.load, np.array([0.1]))
     check_trace(json.loads(json.dumps(chrome_trace([step]))))
     for spans in noted[:2]:
