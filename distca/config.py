@@ -23,6 +23,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    Strict,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -35,6 +36,9 @@ from distca.paths import written_as_path
 KIND_NAMES = {str: "text", int: "integer", float: "number", bool: "true | false", Path: "path", dict: "mapping"}
 KIND_NAMES |= {NoneType: "none", tuple: "list of texts"}
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+Step = Annotated[PositiveInt, Strict()]  # in a list, where `Settings._as_written` does not look
 
 
 def _takes_numbers(kind: Any) -> bool:
@@ -316,7 +320,17 @@ class MonitorSettings(Settings):
     tensorboard: bool = True
     """Write TensorBoard event files."""
     images_every: PositiveInt = 20
-    """Steps between pictures (document lengths, load per server)."""
+    """Steps between pictures (document lengths, load per server, one step's timeline)."""
+    trace_steps: tuple[Step, Step] | None = None
+    """First and last step, both included, of which a trace of all workers is written into the run's folder, for
+    Perfetto (ui.perfetto.dev) or chrome://tracing. Default: none."""
+
+    @field_validator("trace_steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and steps[0] > steps[1]:
+            raise ValueError(f"the first step comes first, got {list(steps)}")
+        return steps
 
 
 class StudySettings(Settings):
@@ -362,6 +376,9 @@ class RunSettings(Settings):
                 f"train.tokens_per_step = {train.tokens_per_step} cannot be shared equally: it must be a multiple of "
                 f"parallel.trainers x {what} = {per_round}; {near} would work"
             )
+        traced = self.monitor.trace_steps
+        if traced and traced[1] > train.steps:
+            raise ValueError(f"monitor.trace_steps = {list(traced)}, but the run has {train.steps} steps (train.steps)")
         if self.tokens_per_micro_batch == 1:
             raise ValueError(
                 "a micro-batch of 1 token has nothing to predict: raise train.tokens_per_step (or tokens_per_rank)"
@@ -493,6 +510,8 @@ def _allowed(kind: Any, limits: Sequence[Any] = ()) -> str:
         return " | ".join(map(str, get_args(kind)))
     if get_origin(kind) in (Union, UnionType):
         return " | ".join(map(_allowed, get_args(kind)))
+    if get_origin(kind) is tuple and Ellipsis not in get_args(kind):
+        return f"[{', '.join(map(_allowed, get_args(kind)))}]"
     bounds = [f" {sign} {getattr(m, name)}" for m in limits for name, sign in SIGNS.items() if hasattr(m, name)]
     return KIND_NAMES[get_origin(kind) or kind] + ",".join(bounds)
 
@@ -581,7 +600,7 @@ def _sentence(problem: Any) -> str:
         return f"{path}: no such setting; {hint}"
     if problem["type"] == "missing":
         return f"{path}: required, but not given"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ").replace("Tuple should", "The list should")
     if problem["type"] == "tuple_type":  # Python's word for it, not YAML's
         message = "Input should be a list, such as [a, b]"
     given = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"

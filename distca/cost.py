@@ -132,6 +132,13 @@ class Wire:
     """Ranks are on nodes in their order; dedicated servers are on nodes of their own."""
 
 
+def model_flops(weights: int, tokens: int, attention_flops: float) -> float:
+    """What a model's step takes, forward and backward, however it is computed: a product with each of `weights` per
+    token, and `attention_flops` forward; backward needs twice as many. Recomputing counts nothing (PaLM, arXiv
+    2204.02311, appendix B)."""
+    return 3 * (2.0 * weights * tokens + attention_flops)
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
     """One layer's attention: query heads, key/value heads, head size, bytes of an element and of a statistic (LSE,
@@ -144,7 +151,8 @@ class AttentionShape:
     statistic_bytes: int = 4
 
     def flops(self, pairs: int, backward: bool = False) -> float:
-        """Of attending `pairs` (query, key) pairs: two matrix products forward, five backward."""
+        """Of attending `pairs` (query, key) pairs: two matrix products forward; five backward, where
+        kernels recompute the scores."""
         return (10.0 if backward else 4.0) * pairs * self.query_heads * self.head_dim
 
     def wire_bytes(self, query_rows: int, kv_rows: int, backward: bool = False) -> int:

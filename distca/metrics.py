@@ -33,9 +33,23 @@ METRICS = (
     Metric(
         "speed/tokens_per_s", "tokens/s", "tokens of the step over its seconds, all trainers together", "tokens_per_s"
     ),
+    Metric(
+        "speed/tflops_per_worker",
+        "TFLOP/s",
+        "that the model needs, over the step's seconds and all workers, dedicated servers too: 3 x (2 x weights in "
+        "matrices x tokens + 4 x query heads x head size x pairs that masks allow, summed over layers); embeddings "
+        "that are only looked up are no such weights, recomputing counts nothing",
+        "tflops_per_worker",
+    ),
     Metric("speed/step_s", "s", "to compute the step; saving and showing it not counted", "step_s"),
-    Metric("cad/imbalance_before", "1", "heaviest predicted load over mean, if no task moved", "imbalance_before"),
-    Metric("cad/imbalance_planned", "1", "heaviest predicted load over mean, as planned", "imbalance_planned"),
+    Metric(
+        "cad/imbalance_packed",
+        "1",
+        "heaviest predicted load over mean, if documents lay end to end in their order and nothing moved",
+        "imbalance_packed",
+    ),
+    Metric("cad/imbalance_placed", "1", "the same where documents have been placed", "imbalance_placed"),
+    Metric("cad/imbalance_planned", "1", "the same with tasks moved as planned", "imbalance_planned"),
     Metric("cad/imbalance_measured", "1", "heaviest busy time over mean, by the servers' clocks", "imbalance_measured"),
     Metric("cad/plan_ms", "ms", "to make the plan, on a host thread, one step ahead", "plan_ms"),
     Metric("cad/tasks", "tasks", "CA-tasks of the plan", "num_tasks"),
@@ -43,7 +57,13 @@ METRICS = (
         "cad/bytes_moved", "bytes", "rows dispatched and collected, all layers, forward and backward", "bytes_moved"
     ),
     Metric("cad/attention_s", "s", "busy time of the busiest server", "attention_s"),
-    Metric("cad/wait_s", "s", "that a trainer waited for attention, mean over trainers", "wait_s"),
+    Metric("cad/wait_s", "s", "that a trainer waited for attention and did nothing else, mean over trainers", "wait_s"),
+    Metric(
+        "cad/hidden_s",
+        "s",
+        "from sending attention's rows to waiting for them, in which a trainer did other work; mean over trainers",
+        "hidden_s",
+    ),
     Metric("cad/server_busy_s", "s", "busy time of each server; its number follows the tag", "server_busy_s"),
     Metric("data/documents", "documents", "in the step", "num_documents"),
     Metric("data/wait_s", "s", "that the step waited for its data", "data_wait_s"),
@@ -71,7 +91,9 @@ class StepRecord:
     targets_seen: int | None = None
     grad_norm: float | None = None
     learning_rate: float | None = None
-    imbalance_before: float | None = None
+    tflops_per_worker: float | None = None
+    imbalance_packed: float | None = None
+    imbalance_placed: float | None = None
     imbalance_planned: float | None = None
     imbalance_measured: float | None = None
     bytes_moved: int | None = None
@@ -79,6 +101,7 @@ class StepRecord:
     plan_s: float | None = None
     attention_s: float | None = None
     wait_s: float | None = None
+    hidden_s: float | None = None
     server_busy_s: tuple[float, ...] = ()  # (servers,)
     data_wait_s: float | None = None
     num_documents: int | None = None
@@ -104,17 +127,19 @@ class StepRecord:
         yield f"step {self.step:>{width}}/{self.num_steps}"
         yield f"loss {self.loss:7.4f}" if self.loss is not None else "no targets  "
         if self.tokens_per_s is not None:
-            yield f"{_short(self.tokens_per_s):>5} tok/s"
-        if self.imbalance_before is not None and self.imbalance_planned is not None:
-            yield f"imbalance {self.imbalance_before:.2f}→{self.imbalance_planned:.2f}"
+            yield f"{_scaled(self.tokens_per_s):>5} tok/s"
+        if self.tflops_per_worker is not None:
+            yield f"{_scaled(1e12 * self.tflops_per_worker, 'FLOP/s'):>11} each"
+        stages = [x for x in (self.imbalance_packed, self.imbalance_placed, self.imbalance_planned) if x is not None]
+        if stages:
+            yield "imbalance " + "→".join(f"{x:.2f}" for x in stages)
         if self.bytes_moved is not None:
             yield f"{bytes_text(self.bytes_moved):>7} moved"
-        if self.plan_ms is not None:
-            yield f"plan {self.plan_ms:3.0f} ms"
         if self.attention_s is not None:
             yield f"attention {_seconds(self.attention_s)}"
         if self.wait_s is not None:
-            yield f"wait {_seconds(self.wait_s)}"
+            hidden = "" if self.hidden_s is None else f" ({self.hidden_s:5.2f} hidden)"
+            yield f"wait {_seconds(self.wait_s)}{hidden}"
         if self.checkpoint_save_s is not None:
             yield f"saved in {_seconds(self.checkpoint_save_s)}"
 
@@ -135,22 +160,19 @@ class StepRecord:
         return {k: v for k, v in found.items() if v is not None and (isinstance(v, tuple) or math.isfinite(v))}
 
 
-def _short(number: float) -> str:
-    """Three or four significant digits: 873, 5.1k, 128k, 1.2M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            scaled = number / size
-            return f"{scaled:.1f}{unit}" if scaled < 100 else f"{scaled:.0f}{unit}"
-    return f"{number:.0f}"
-
-
 def bytes_text(number: float) -> str:
     """A size for people: 873 B, 4.2 MB, 128 GB."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    return _scaled(number, "B")
+
+
+def _scaled(number: float, unit: str = "") -> str:
+    """Two to four significant digits: 873, 5.1k, 128k; with a unit 873 B, 4.2 MB."""
+    space = " " if unit else ""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             scaled = number / size
-            return f"{scaled:.1f} {unit}" if scaled < 100 else f"{scaled:.0f} {unit}"
-    return f"{number:.0f} B"
+            return f"{scaled:.{1 if scaled < 100 else 0}f}{space}{prefix}{unit}"
+    return f"{number:.0f}{space}{unit}"
 
 
 def _seconds(number: float) -> str:

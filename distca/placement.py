@@ -52,6 +52,18 @@ class Segments:
         return Segments(self.document[mine], self.start[mine], self.end[mine], self.rank[mine], self.row[mine])
 
 
+def packed_in_order(lengths: np.ndarray, num_ranks: int) -> Segments:
+    """Documents end to end in their own order on ranks of equal rows, up to one: how they lie if nobody places them."""
+    documents, total = np.flatnonzero(lengths), int(lengths.sum())
+    first_row = np.cumsum(lengths[documents]) - lengths[documents]
+    borders = np.arange(num_ranks) * total // num_ranks
+    at = np.union1d(first_row, borders)
+    at = at[at < total]
+    index, rank = (np.searchsorted(starts, at, side="right") - 1 for starts in (first_row, borders))
+    start = at - first_row[index]
+    return Segments(documents[index], start, start + np.diff(at, append=total), rank, at - borders[rank])
+
+
 def place(
     lengths: np.ndarray, work: np.ndarray, share: np.ndarray, rows: np.ndarray, group: int, block: int
 ) -> Segments:

@@ -21,7 +21,7 @@ import numpy as np
 from distca.arrays import order_by, spread, sum_by
 from distca.cost import Cost, PairCost, Wire, cost_from_words
 from distca.masks import Bands, Mask, MaskRule, cut, intersect
-from distca.placement import Segments
+from distca.placement import Segments, packed_in_order
 
 MILLION = 1_000_000
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: Knuth's multiplicative hashing
@@ -142,9 +142,13 @@ class Plan:
 
     def load_at_home(self) -> np.ndarray:
         """(ranks,) int64: what each rank's tasks would cost if every row were attended where it lives."""
-        s = self.segments
-        segment, bands = bands_in(self.mask, s.document, s.start, s.end)
-        return sum_by(s.rank[segment], self.cost.of(bands), int(s.rank.max(initial=0)) + 1)
+        return load_at_home(self.segments, self.mask, self.cost, int(self.segments.rank.max(initial=0)) + 1)
+
+    def load_packed(self) -> np.ndarray:
+        """(ranks,) int64: the same if documents lay end to end in their own order, instead of where they were
+        placed."""
+        num_ranks = int(self.segments.rank.max(initial=0)) + 1
+        return load_at_home(packed_in_order(self.lengths, num_ranks), self.mask, self.cost, num_ranks)
 
     def imbalance(self) -> float:
         """The busiest server's load over its fair share."""
@@ -211,6 +215,12 @@ def bands_in(mask: Mask, document, start, end) -> tuple[np.ndarray, Bands]:
     for column in Bands.__slots__:
         getattr(whole, column)[cropped] = getattr(inside, column)
     return index, whole
+
+
+def load_at_home(segments: Segments, mask: Mask, cost: Cost, num_ranks: int) -> np.ndarray:
+    """(ranks,) int64: the cost of attending each row on the rank that holds it, all keys at hand."""
+    segment, bands = bands_in(mask, segments.document, segments.start, segments.end)
+    return sum_by(segments.rank[segment], cost.of(bands), num_ranks)
 
 
 def combined_digest(digests: list[int]) -> int:

@@ -9,14 +9,17 @@ a span costs one comparison. `distca.launch.trace` writes and draws what was not
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 Kind = Literal["model", "send", "wire", "wait", "kernels", "plan", "optimizer", "ray"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,12 @@ class Span:
     end: float
     facts: dict[str, Any] = field(default_factory=dict)
     """Whatever else is worth knowing: layer, bytes, predicted seconds."""
+
+
+def read_clock() -> tuple[str, float]:
+    """Which clock spans are timed by, and what it says: all processes of a machine share one, as long as it is up."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else socket.gethostname(), time.perf_counter()
 
 
 class Trace:
@@ -47,6 +56,11 @@ class Trace:
         """All spans since the last call of this method."""
         taken, self._spans = self._spans, []
         return taken
+
+    def record(self, is_on: bool) -> list[Span]:
+        """Note spans from here on, or none; returns those since the last call."""
+        self.is_on = is_on
+        return self.take()
 
     @contextmanager
     def _noted(self, kind: Kind, name: str, facts: dict[str, Any]) -> Iterator[None]:

@@ -11,25 +11,40 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from distca.config import MonitorSettings
+from distca.launch.trace import StepTrace, summary
 from distca.metrics import TAGS, StepRecord
+from distca.trace import Kind
 
 logger = logging.getLogger(__name__)
 
-DOCUMENTS, TOKENS, ATTENTION = "#9aa5b1", "#3b76b5", "#d9722e"
+SIZE_INCH, DPI, LETTERS_PT = (4.5, 3.2), 160, 10
+GREY, BLUE, ORANGE = "#b4bcc5", "#3b76b5", "#d9722e"
+DOCUMENTS, TOKENS, ATTENTION = GREY, BLUE, ORANGE
+LOADS = {"packed": GREY, "planned": BLUE, "measured": ORANGE}
+KIND_COLOURS: dict[Kind, str] = {
+    "model": BLUE,
+    "kernels": ORANGE,
+    "wait": "#e2e5e9",
+    "send": "#7d4fa3",
+    "optimizer": "#4a9c5d",
+    "plan": "#c9a227",
+    "ray": GREY,
+    "wire": "#c3a5dd",
+}
 MOST_BARS = 64  # more servers are drawn as outlines: bars would be thinner than a pixel, and slow
-BEFORE, PLANNED, MEASURED = "#c3c9d0", "#3b76b5", "#d9722e"
+MOST_ROWS = 9  # workers in a timeline
 
 STEPS = "metrics.jsonl"
 
@@ -37,13 +52,14 @@ LAYOUT = {
     "DistCA": {
         "loss": ["Multiline", [TAGS["loss"]]],
         "tokens per second": ["Multiline", [TAGS["tokens_per_s"]]],
-        "imbalance of attention: before, planned, measured": [
+        "TFLOP/s per worker": ["Multiline", [TAGS["tflops_per_worker"]]],
+        "imbalance of attention: documents packed in order, placed, planned; measured": [
             "Multiline",
-            [TAGS["imbalance_before"], TAGS["imbalance_planned"], TAGS["imbalance_measured"]],
+            [TAGS[f"imbalance_{stage}"] for stage in ("packed", "placed", "planned", "measured")],
         ],
         "where a step's seconds go": [
             "Multiline",
-            [TAGS["step_s"], TAGS["attention_s"], TAGS["wait_s"], TAGS["data_wait_s"]],
+            [TAGS["step_s"], TAGS["attention_s"], TAGS["wait_s"], TAGS["hidden_s"], TAGS["data_wait_s"]],
         ],
         "busy seconds of each server": ["Multiline", [TAGS["server_busy_s"] + "/.*"]],
         "memory per process": ["Multiline", [TAGS["trainer_rss_mib"], TAGS["server_rss_mib"]]],
@@ -77,8 +93,7 @@ class Monitor:
             return
         self._writer.add_custom_scalars(LAYOUT)
         self._writer.add_text("run/settings", _preformatted(settings_text), self._first_step)
-        rows = "\n".join(f"| {name} | {value} |" for name, value in extra.items())
-        self._writer.add_text("run/versions", f"| | |\n| --- | --- |\n{rows}", self._first_step)
+        self._writer.add_text("run/versions", _table(["", ""], extra.items()), self._first_step)
         self._writer.flush()
 
     def step(self, record: StepRecord) -> None:
@@ -89,33 +104,41 @@ class Monitor:
                 self._writer.add_scalar(tag, value, record.step)
 
     def wants_pictures(self, step: int) -> bool:
-        """Whether `documents` and `server_load` draw at this step: the first one and every `images_every`th."""
+        """Whether pictures are drawn of this step: the first one and every `images_every`th."""
         return self._writer is not None and (step == self._first_step or step % self._images_every == 0)
 
     def documents(self, step: int, lengths: Sequence[int]) -> None:
         if self.wants_pictures(step) and len(lengths):
-            self._writer.add_image(
-                "data/document_lengths", picture_of_documents(step, lengths), step, dataformats="HWC"
-            )
+            self._show("data/document_lengths", picture_of_documents(lengths), step)
 
     def server_load(
         self,
         step: int,
-        before: Sequence[float],
+        packed: Sequence[float],
         planned: Sequence[float],
         measured: Sequence[float] | None = None,
         *,
         capacity: Sequence[float] | None = None,
-        capacity_before: Sequence[float] | None = None,
+        capacity_packed: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
     ) -> None:
-        """Seconds per worker: predicted if no task moved, predicted as planned, and busy by the servers' clocks.
+        """Seconds per worker: predicted with documents packed in their order and no task moved, predicted as planned,
+        and busy by the servers' clocks.
 
         Capacity 0 is for workers that take no part: dedicated servers before planning, trainers that do not serve."""
         if self.wants_pictures(step):
-            capacities = dict(capacity=capacity, capacity_before=capacity_before)
-            picture = picture_of_load(step, before, planned, measured, **capacities, names=names)
-            self._writer.add_image("cad/server_load", picture, step, dataformats="HWC")
+            capacities = dict(capacity=capacity, capacity_packed=capacity_packed)
+            self._show("cad/server_load", picture_of_load(packed, planned, measured, **capacities, names=names), step)
+
+    def timeline(self, recorded: StepTrace) -> None:
+        """What every worker did in a step: a picture, and a table of seconds."""
+        if self.wants_pictures(recorded.step):
+            seconds = recorded.end - recorded.start
+            self._show("step/timeline", picture_of_timeline(recorded.rows(), seconds), recorded.step)
+            self._writer.add_text("step/seconds", _table(*summary([recorded])), recorded.step)
+
+    def _show(self, tag: str, picture: np.ndarray, step: int) -> None:
+        self._writer.add_image(tag, picture, step, dataformats="HWC")
 
     def event(self, step: int, text: str) -> None:
         """What happened besides steps: a server lost, a checkpoint saved."""
@@ -160,7 +183,12 @@ def _preformatted(text: str) -> str:
     return "\n".join("    " + line for line in text.splitlines())
 
 
-def picture_of_documents(step: int, lengths: Sequence[int]) -> np.ndarray:
+def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows))
+
+
+def picture_of_documents(lengths: Sequence[int]) -> np.ndarray:
     """Shares of documents, of tokens and of causal attention per doubling of length: (height, width, 3) bytes.
 
     The three differ, and that is the whole problem: most documents are short, most attention is in the few long ones.
@@ -173,82 +201,94 @@ def picture_of_documents(step: int, lengths: Sequence[int]) -> np.ndarray:
         np.bincount(bins - first, weights=weight)
         for weight in (np.ones(len(length)), length, length * (length + 1) / 2)
     ]
-    figure, axes = _figure(
-        f"Documents of step {step}: {len(length):,} with {length.sum():,} tokens, longest {length.max():,}"
-    )
+    figure, axes = _figure()
     x = np.arange(len(counts[0]))
     series = (("documents", DOCUMENTS), ("tokens", TOKENS), ("attention", ATTENTION))
-    for place, ((name, colour), count) in enumerate(zip(series, counts, strict=True)):
-        axes.bar(x + 0.27 * (place - 1), 100 * count / count.sum(), 0.25, color=colour, label=name)
-    if len(x) <= 16:
-        for i, number in enumerate(counts[0].astype(int)):
-            if number:
-                at = (i - 0.27, 100 * number / len(length))
-                axes.annotate(
-                    f"{number:,}", at, (0, 2), textcoords="offset points", ha="center", size=8, color="#6b7682"
-                )
-    every = math.ceil(len(x) / 12)
+    for place, ((_, colour), count) in enumerate(zip(series, counts, strict=True)):
+        axes.bar(x + 0.27 * (place - 1), 100 * count / count.sum(), 0.25, color=colour)
+    every = math.ceil(len(x) / 7)
     axes.set_xticks(x[::every], [_tokens(2 ** (first + i)) for i in x[::every]])
-    axes.set_xlabel("tokens in the document, from … to below the next")
-    axes.set_ylabel("% of the step")
-    axes.margins(y=0.08)
-    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.1))
+    axes.set_xlabel("tokens, from … to below the next")
+    axes.set_ylabel("%")
+    _head(figure, f"{len(length):,} documents, the longest of {length.max():,} tokens", series)
     return _pixels(figure)
 
 
 def picture_of_load(
-    step: int,
-    before: Sequence[float],
+    packed: Sequence[float],
     planned: Sequence[float],
     measured: Sequence[float] | None = None,
     *,
     capacity: Sequence[float] | None = None,
-    capacity_before: Sequence[float] | None = None,
+    capacity_packed: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
 ) -> np.ndarray:
     """Load per worker as a multiple of its fair share, so that the highest bar is the imbalance: (height, width, 3)."""
-    load = {"before": before, "planned": planned, **({} if measured is None else {"measured": measured})}
-    shares = {"before": capacity if capacity_before is None else capacity_before}
+    load = {"packed": packed, "planned": planned, **({} if measured is None else {"measured": measured})}
+    shares = {"packed": capacity if capacity_packed is None else capacity_packed}
     relative = {name: _over_fair_share(seconds, shares.get(name, capacity)) for name, seconds in load.items()}
-    said = ", ".join(f"{heights.max():.2f} {name}" for name, heights in relative.items())
-    figure, axes = _figure(f"Attention load of step {step}; imbalance {said}")
+    figure, axes = _figure()
     x = np.arange(len(planned))
     draw = _outlines if len(x) > MOST_BARS else _bars
-    shown = draw(axes, relative)
+    draw(axes, relative)
     axes.axhline(1, color="#333333", lw=0.8, ls=(0, (4, 3)), zorder=0)
-    if len(x) <= 16:
-        axes.set_xticks(
-            x, x if names is None else names, rotation=0 if len(x) <= 8 else 45, ha="center" if len(x) <= 8 else "right"
-        )
+    if len(x) <= 4:
+        axes.set_xticks(x, x if names is None else names)
+    elif len(x) <= 6:
+        axes.set_xticks(x, x if names is None else [name.replace(" ", "\n") for name in names])
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-    if len(x) > 16 or names is None:
-        axes.set_xlabel("server")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.set_xlabel("server" if names is None else f"{names[0]} to {names[-1]}")
     axes.set_xlim(-0.6, len(x) - 0.4)
-    axes.set_ylim(0, 1.12 * max(1.0, *(values.max() for values in relative.values())))
+    axes.set_ylim(0, 1.08 * max(1.0, *(values.max() for values in relative.values())))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-    axes.set_ylabel("load over fair share")
-    axes.legend(shown, list(load), frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.1))
+    highest = [(f"{name} {heights.max():.2f}×", LOADS[name]) for name, heights in relative.items()]
+    _head(figure, "Attention load over fair share, highest", highest)
     return _pixels(figure)
 
 
-def _bars(axes: Axes, load: Mapping[str, np.ndarray]) -> list[Artist]:
+def picture_of_timeline(rows: Mapping[str, Sequence[tuple[Kind, float, float]]], seconds: float) -> np.ndarray:
+    """What each worker did, from 0 to `seconds`, as pieces (kind, start, end): (height, width, 3) bytes."""
+    shown = _spread_out(list(rows), MOST_ROWS)
+    some = "" if len(shown) == len(rows) else f", {len(shown)} of {len(rows)} workers"
+    figure, axes = _figure()
+    for place, name in enumerate(shown):
+        for kind in dict.fromkeys(kind for kind, _, _ in rows[name]):
+            pieces = [(a, b - a) for k, a, b in rows[name] if k == kind]
+            axes.broken_barh(pieces, (place - 0.4, 0.8), color=KIND_COLOURS[kind], lw=0)
+    axes.set_yticks(range(len(shown)), shown)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlim(0, seconds)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.grid(visible=False)
+    axes.set_xlabel("seconds")
+    there = {kind for row in rows.values() for kind, _, _ in row}
+    kinds = [(kind, colour) for kind, colour in KIND_COLOURS.items() if kind in there]
+    _head(figure, f"A step of {seconds:.3g} s{some}", kinds)
+    return _pixels(figure)
+
+
+def _spread_out(names: list[str], most: int) -> list[str]:
+    """At most so many of them, from the first to the last."""
+    at = np.linspace(0, len(names) - 1, min(most, len(names))).round().astype(int)
+    return [names[i] for i in at]
+
+
+def _bars(axes: Axes, load: Mapping[str, np.ndarray]) -> None:
     x = np.arange(len(load["planned"]))
-    shown = [axes.bar(x, load["before"], 0.84, color=BEFORE), axes.bar(x, load["planned"], 0.5, color=PLANNED)]
+    axes.bar(x, load["packed"], 0.84, color=LOADS["packed"])
+    axes.bar(x, load["planned"], 0.5, color=LOADS["planned"])
     if "measured" in load:
-        shown.append(axes.hlines(load["measured"], x - 0.34, x + 0.34, color=MEASURED, lw=3))
-    return shown
+        busy = np.flatnonzero(load["measured"])
+        axes.hlines(load["measured"][busy], busy - 0.34, busy + 0.34, color=LOADS["measured"], lw=3)
 
 
-def _outlines(axes: Axes, load: Mapping[str, np.ndarray]) -> list[Artist]:
+def _outlines(axes: Axes, load: Mapping[str, np.ndarray]) -> None:
     edges = np.arange(len(load["planned"]) + 1) - 0.5
-    shown = [
-        axes.stairs(load["before"], edges, fill=True, color=BEFORE),
-        axes.stairs(load["planned"], edges, baseline=None, color=PLANNED, lw=1.6),
-    ]
+    axes.stairs(load["packed"], edges, fill=True, color=LOADS["packed"])
+    axes.stairs(load["planned"], edges, baseline=None, color=LOADS["planned"], lw=1.6)
     if "measured" in load:
-        shown.append(axes.stairs(load["measured"], edges, baseline=None, color=MEASURED, lw=1.0))
-    return shown
+        axes.stairs(load["measured"], edges, baseline=None, color=LOADS["measured"], lw=1.0)
 
 
 def _over_fair_share(seconds: Sequence[float], capacity: Sequence[float] | None) -> np.ndarray:
@@ -267,14 +307,36 @@ def _tokens(number: int) -> str:
     return str(number)
 
 
-def _figure(title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 4), dpi=110, layout="constrained")
+def _figure() -> tuple[Figure, Axes]:
+    """Twice the size of TensorBoard's cards (about 360 pixels wide), so that letters of 10 points can be read there."""
+    figure = Figure(figsize=SIZE_INCH, dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11, pad=22)
+    axes.tick_params(labelsize=LETTERS_PT)
+    axes.xaxis.label.set_size(LETTERS_PT)
+    axes.yaxis.label.set_size(LETTERS_PT)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e8eb", lw=0.8)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _head(figure: Figure, title: str, series: Sequence[tuple[str, str]]) -> None:
+    """A title, and what the colours stand for, above the picture."""
+    patches = [Patch(color=colour, label=name) for name, colour in series]
+    figure.legend(
+        handles=patches,
+        title=title,
+        title_fontsize=LETTERS_PT + 1,
+        alignment="left",
+        loc="outside upper left",
+        ncols=min(4, len(patches)),
+        frameon=False,
+        fontsize=LETTERS_PT,
+        handlelength=0.8,
+        handletextpad=0.4,
+        columnspacing=1.0,
+        borderaxespad=0.2,
+    )
 
 
 def _pixels(figure: Figure) -> np.ndarray:

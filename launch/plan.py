@@ -134,7 +134,8 @@ class PlanStudy:
     inputs: PlanInputs
     plan: Plan
     scores: list[PlanScore]
-    load_at_home: np.ndarray  # (ranks,) int64
+    load_packed: np.ndarray  # (ranks,) int64, with documents end to end in their order
+    load_at_home: np.ndarray  # (ranks,) int64, with documents where the plan places them
     least_moved: int | None
     """Lower bound of any exactly even plan; None where it has not been proved: it is for pairs under a causal mask."""
 
@@ -153,8 +154,8 @@ class PlanStudy:
         for s in self.scores:
             bytes_ = (f"{s.moved / tokens / i.num_ranks:.3f}", f"{s.worst_rank / tokens:.2f}")
             table.add_row(s.name, *(f"{x:.3f}" for x in s.load), *bytes_, f"{s.time / best:.3f}", f"{s.plan_ms:.1f}")
-        at_home = _spread(self.load_at_home, [1] * i.num_ranks)
-        table.add_row("all at home", *(f"{x:.3f}" for x in at_home))
+        for name, load in (("packed in order", self.load_packed), ("all at home", self.load_at_home)):
+            table.add_row(name, *(f"{x:.3f}" for x in _spread(load, [1] * i.num_ranks)))
         if self.least_moved is not None:
             table.add_row("lower bound", "", "", "1.000", f"{self.least_moved / tokens / i.num_ranks:.3f}")
         return table
@@ -164,13 +165,9 @@ class PlanStudy:
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         axes = figure.subplots()
         total = self.load_at_home.sum() / max(1, len(self.load_at_home))
-        axes.step(
-            range(len(self.load_at_home)),
-            self.load_at_home / max(1.0, total),
-            where="mid",
-            label="all at home",
-            color="0.6",
-        )
+        stages = (("packed in order", self.load_packed, "0.8"), ("all at home", self.load_at_home, "0.5"))
+        for label, load, grey in stages:
+            axes.step(range(len(load)), load / max(1.0, total), where="mid", label=label, color=grey)
         capacity = np.array(self.inputs.pool.capacity, float)
         share = capacity / capacity.sum() * max(1, int(self.plan.load().sum()))
         label = f"planned, worst {imbalance(self.plan.load(), capacity):.3f}"
@@ -214,4 +211,4 @@ def _study(inputs: PlanInputs, planner: str, direction: int) -> PlanStudy:
     plan, causal_pairs = plans[planner], rule == MaskRule() and inputs.costs[direction] == PairCost()
     provable = causal_pairs and inputs.pool.ranks_per_home == 1 and not inputs.wires
     least = least_moved(plan, inputs.group) if provable else None
-    return PlanStudy(inputs, plan, scores, plan.load_at_home(), least)
+    return PlanStudy(inputs, plan, scores, plan.load_packed(), plan.load_at_home(), least)

@@ -58,7 +58,7 @@ class BaselineTrainer(Trainer):
         own = segments.of_rank(self._rank)
         attention = self._method(self._rank, ranks, pieces.lengths, backend_of(self._settings))
         rows = self._stream.rows(pieces, own.document, own.start, own.end)
-        nothing = PlanSummary(np.zeros(ranks, np.int64), np.zeros(0, np.int64), 0, 0)
+        nothing = PlanSummary(np.zeros(ranks, np.int64), np.zeros(0, np.int64), 0, 0, 0.0)
         most_rows = int(sum_by(segments.rank, segments.end - segments.start, ranks).max())
         return BaselineBatch(attention, most_rows, rows, nothing)
 

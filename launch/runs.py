@@ -4,7 +4,7 @@
     model/              the model's configuration and generation settings, and the tokenizer
     kernel_times.yaml   the table that plans are made from, where one is used
     checkpoints/        what `distca.launch.publish` promises
-    logs/  tensorboard/  metrics.jsonl  events.txt
+    logs/  tensorboard/  metrics.jsonl  events.txt  traces/
 
 It can be moved, resumed and exported wherever it lies, also when the folders that it began from are gone: weights are
 in its checkpoints, and documents are known by their content.

@@ -18,6 +18,7 @@ from distca.launch.cluster import connect_store
 from distca.parallel.link import GroupLink
 from distca.parallel.server import AttentionServer, ServerReport
 from distca.plan import Pool, make_pool
+from distca.trace import Span, Trace, read_clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,8 @@ class DedicatedServer:
         torch.set_num_threads(settings.parallel.threads)
         self._number, self._settings, self._meeting = number, settings, meeting
         self._device = torch.device(device)
-        self._server = AttentionServer(number, backend_of(settings), self._device)
+        self._trace = Trace()
+        self._server = AttentionServer(number, backend_of(settings), self._device, trace=self._trace)
 
     def connect(self, name: str = "") -> None:
         """Open the links to all trainers; servers of several pools that meet at one store give theirs a name."""
@@ -45,6 +47,13 @@ class DedicatedServer:
         for rank, server in meetings(self._settings):
             if server == self._number:
                 self._server.serve(rank, open_link(store, rank, server, 1, self._settings, self._meeting, self._device))
+
+    def record(self, is_on: bool) -> list[Span]:
+        """See `Trace.record`."""
+        return self._trace.record(is_on)
+
+    def read_clock(self) -> tuple[str, float]:
+        return read_clock()
 
     def take_report(self) -> tuple[ServerReport, float]:
         """What it did since the last call, and its largest memory in MiB."""

@@ -45,6 +45,7 @@ from distca.launch.prepare import prepare
 from distca.launch.publish import Published, newest, prune, publishing, steps_published
 from distca.launch.race import Method, Race, Times, drawn, methods_of, order_of, race_settings, refusing
 from distca.launch.racer import Racer, RacingServer
+from distca.launch.recorder import Recorder
 from distca.launch.runs import (
     CHECKPOINTS,
     RUN_FILE,
@@ -61,6 +62,7 @@ from distca.launch.runs import (
 )
 from distca.launch.server import DedicatedServer, Meeting, backend_of, pool_of
 from distca.launch.stop import finishing
+from distca.launch.trace import StepTrace
 from distca.launch.trainer import PlanSummary, Trainer, TrainerReport
 from distca.launch.unforeseen import in_words
 from distca.launch.verify import Comparison
@@ -292,29 +294,35 @@ def _run(
         write_settings(run_file, folder)
         before = start.facts["record"] if start else None
         monitor = Monitor(folder, settings.monitor, first_step=done + 1, before=before)
+        recorder = Recorder(folder, settings.monitor.trace_steps, team.trainers, _serving(settings, team))
         try:
             monitor.start(dump_settings(run_file), _versions() | _describe(settings, team, documents, console))
             reporter = _Reporter(settings, team, monitor, console)
             seen, saved = before or dict(tokens_seen=0, targets_seen=0), done
             for step in range(done + 1, steps + 1):
+                recorder.start(step, monitor.wants_pictures(step))
                 clock = time.perf_counter()
-                trainers = _step(team, step)
-                servers = _ask(team.servers, "take_report", what=f"reporting step {step}")
+                with recorder.trace.span("ray", f"step {step} of all trainers"):
+                    trainers = _step(team, step)
+                with recorder.trace.span("ray", "reports of dedicated servers"):
+                    servers = _ask(team.servers, "take_report", what=f"reporting step {step}")
                 record = _record(settings, step, time.perf_counter() - clock, seen, trainers, servers)
                 seen = record.fields()
+                recorded = recorder.finish(step, trainers[0].plan and trainers[0].plan.load, record.server_busy_s)
                 _refuse_bad_numbers(record, saved)
                 if _is_due(settings, step) or asked.is_set():
                     if not _weights_are_finite(team):
                         raise UserError(_stopped_because(f"step {step} left weights that are not finite", saved))
                     save_s = _publish(run_file, folder, documents, team, record, trainers[0], monitor)
                     saved, record = step, replace(record, checkpoint_save_s=save_s)
-                reporter.show(record, trainers)
+                reporter.show(record, trainers, recorded)
                 if asked.is_set() and saved == step < steps:
                     raise TryAgain(
                         f"stopped as asked after step {step}, with a checkpoint; go on with: {_go_on(folder)}"
                     )
         finally:
             monitor.close()
+            recorder.close()
 
 
 def _ask(workers: list[Worker], method: str, *arguments, what: str, timeout_s: float | None = None) -> list:
@@ -416,12 +424,15 @@ def _record(
     if not first.targets:
         return record
     busy_s, capacity = _busy_s(trainers, servers), pool_of(settings).capacity
+    at_home, num_workers = np.ones(len(trainers)), len(trainers) + len(servers)
     return replace(
         record,
         loss=sum(t.summed_loss for t in trainers) / first.targets,
         grad_norm=first.grad_norm,
         learning_rate=first.learning_rate,
-        imbalance_before=first.plan.imbalance_before(),
+        tflops_per_worker=first.plan.flops / step_s / num_workers / 1e12,
+        imbalance_packed=imbalance(first.load_packed, at_home),
+        imbalance_placed=imbalance(first.plan.load_placed, at_home),
         imbalance_planned=imbalance(first.plan.load, capacity),
         imbalance_measured=imbalance(busy_s, capacity),
         bytes_moved=sum(t.exchange.bytes_sent + t.exchange.bytes_received for t in trainers),
@@ -429,6 +440,7 @@ def _record(
         plan_s=first.plan_s,
         attention_s=max(busy_s),
         wait_s=sum(t.exchange.wait_s for t in trainers) / len(trainers),
+        hidden_s=sum(t.exchange.hidden_s for t in trainers) / len(trainers),
         server_busy_s=busy_s,
     )
 
@@ -445,7 +457,7 @@ class _Reporter:
         self._pool, self._team, self._monitor, self._console = pool_of(settings), team, monitor, console
         self._lengths: list[np.ndarray] = []  # of the documents since the last picture
 
-    def show(self, record: StepRecord, trainers: list[TrainerReport]) -> None:
+    def show(self, record: StepRecord, trainers: list[TrainerReport], recorded: StepTrace | None) -> None:
         self._console.print(record.line(), highlight=False)
         self._monitor.step(record)
         self._lengths.append(trainers[0].lengths)
@@ -453,25 +465,28 @@ class _Reporter:
             self._monitor.documents(record.step, np.concatenate(self._lengths))
             self._lengths.clear()
             if trainers[0].plan:
-                self._show_load(record, trainers[0].plan)
+                self._show_load(record, trainers[0].plan, trainers[0].load_packed)
+        if recorded:
+            self._monitor.timeline(recorded)
         if not record.targets:
             self._monitor.event(record.step, "no targets: weights and optimizer stay as they are")
 
-    def _show_load(self, record: StepRecord, plan: PlanSummary) -> None:
-        """A bar per worker, trainers first: before planning they would do all the work, after it the pool does."""
+    def _show_load(self, record: StepRecord, plan: PlanSummary, load_packed: np.ndarray) -> None:
+        """A bar per worker, trainers first: with documents in their order they would do all the work, as planned the
+        pool does."""
         workers = self._team.trainers + self._team.servers
         in_pool = np.zeros((3, len(workers)))
         in_pool[:, len(workers) - len(self._pool) :] = plan.load, record.server_busy_s, self._pool.capacity
         planned, busy_s, capacity = in_pool
-        at_home = np.append(plan.load_at_home, np.zeros(len(self._team.servers)))
+        packed = np.append(load_packed, np.zeros(len(self._team.servers)))
         seconds_per_pair = busy_s.sum() / max(1.0, planned.sum())
         self._monitor.server_load(
             record.step,
-            at_home * seconds_per_pair,
+            packed * seconds_per_pair,
             planned * seconds_per_pair,
             busy_s,
             capacity=capacity,
-            capacity_before=np.append(np.ones(len(self._team.trainers)), np.zeros(len(self._team.servers))),
+            capacity_packed=np.append(np.ones(len(self._team.trainers)), np.zeros(len(self._team.servers))),
             names=[str(worker) for worker in workers],
         )
 
@@ -481,20 +496,24 @@ def _describe(settings: RunSettings, team: Team, documents: tuple[Path, ...], co
     told = _ask(team.trainers[:1], "describe", what="describing the model")[0]
     corpus, names = Corpus(documents), [source.path for source in settings.data.sources]
     masks = ", ".join(f"{n} layers {rule}" for rule, n in told["layers"].items())
-    serving = (team.trainers if settings.parallel.trainers_serve else []) + team.servers
     facts = {
         "model": f"{told['parameters'] / 1e6:.2f} M parameters, {masks}",
         "documents": f"{sum(corpus.num_documents):,} with {sum(corpus.num_tokens):,} tokens, "
         f"{sum(corpus.num_targets):,} of them to be predicted, from {', '.join(names)}",
         "step": f"{settings.train.tokens_per_step:,} tokens = {settings.parallel.trainers} trainers x "
         f"{settings.tokens_per_rank:,} x {settings.accumulation} micro-batches",
-        "attention": f"{', '.join(map(str, serving))}; back end {settings.kernels.backend}, ZeRO stage "
-        f"{settings.parallel.zero_stage}, {settings.train.precision}",
+        "attention": f"{', '.join(map(str, _serving(settings, team)))}; back end {settings.kernels.backend}, "
+        f"ZeRO stage {settings.parallel.zero_stage}, {settings.train.precision}",
         "overlap": told["overlap"],
     }
     for name, text in facts.items():
         console.print(f"[bold]{name:10}[/] {escape(text)}", highlight=False)
     return facts
+
+
+def _serving(settings: RunSettings, team: Team) -> list[Worker]:
+    """Who computes attention, in the pool's order."""
+    return (team.trainers if settings.parallel.trainers_serve else []) + team.servers
 
 
 def _versions() -> dict[str, str]:

@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 
 from distca.config import RunSettings
+from distca.cost import model_flops
 from distca.hardware import costs_of, wires_of
 from distca.launch.cluster import LOOPBACK, connect_store
 from distca.launch.data import Corpus, DocumentStream, Rows
 from distca.launch.outlook import describe_overlap, outlook_of, shape_of
 from distca.launch.server import Meeting, backend_of, meetings, open_link, pool_of, rss_mib
 from distca.launch.verify import Comparison, Document, compare_with_one_device
-from distca.masks import MaskRule
+from distca.masks import MaskRule, mask_of
 from distca.order import Cursor, Pieces
 from distca.overlap import Decision, decide, halves, num_passes
 from distca.parallel.attach import StrandedCausalLM, checkpoint_activations, probe
@@ -35,11 +36,12 @@ from distca.parallel.core_attention import CallStatistics, CoreAttention, Exchan
 from distca.parallel.engine import DTYPES, Engine, PlainEngine
 from distca.parallel.models import build_model, read_config
 from distca.parallel.server import AttentionServer, ServerReport
-from distca.plan import MILLION, PlanInputs, combined_digest, imbalance
+from distca.placement import packed_in_order
+from distca.plan import MILLION, Plan, PlanInputs, combined_digest, load_at_home
 from distca.planner import plan_directions
-from distca.routes import TrainerRoute, routes_of
+from distca.routes import Routes, TrainerRoute, routes_of
 from distca.schedule import learning_rate
-from distca.trace import Trace
+from distca.trace import Span, Trace, read_clock
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +50,14 @@ logger = logging.getLogger(__name__)
 class PlanSummary:
     """A step's plans in numbers, summed over micro-batches and layers."""
 
-    load_at_home: np.ndarray  # (trainers,) int64 cost, if every row were attended where it lives
+    load_placed: np.ndarray  # (trainers,) int64 cost, if every row were attended where it has been placed
     load: np.ndarray  # (servers,) int64 cost, as planned
     num_tasks: int  # of one layer of each mask rule and plan
     predicted_bytes: int  # on the wire, forward and backward
+    flops: float  # of the whole model, see `model_flops`
 
     def __add__(self, other: PlanSummary) -> PlanSummary:
         return PlanSummary(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
-
-    def imbalance_before(self) -> float:
-        return imbalance(self.load_at_home, np.ones(len(self.load_at_home)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,7 @@ class StepBatch:
     passes: list[tuple[MicroBatch, ...]]
     """What one backward each is about: a nano-batch, or two that take turns."""
     targets: int
+    load_packed: np.ndarray | None
     cursor: Cursor
     """Where the next step begins."""
     plan_s: float
@@ -99,6 +100,7 @@ class TrainerReport:
     lengths: np.ndarray  # of all documents of the step
     epoch: int
     plan: PlanSummary | None
+    load_packed: np.ndarray | None  # (trainers,) cost, if each micro-batch's documents lay in order and stayed there
     plan_s: float
     data_wait_s: float
     exchange: CallStatistics
@@ -130,6 +132,7 @@ class Trainer:
             build_model(config, m.path, m.revision, DTYPES[settings.train.precision], settings.seed),
             settings.train.loss_chunk,
         )
+        self._weights_per_token = self._module.weights_per_token()
         self._calls = probe(self._module)
         self._rules = tuple(sorted({call.rule for call in self._calls}))
         self._costs = costs_of(settings.planner)
@@ -174,6 +177,13 @@ class Trainer:
         passes = num_passes(self._settings.accumulation, self._overlap.on)
         self._engine = kind(self._module, self._settings, self._device, passes)
 
+    def record(self, is_on: bool) -> list[Span]:
+        """See `Trace.record`."""
+        return self._trace.record(is_on)
+
+    def read_clock(self) -> tuple[str, float]:
+        return read_clock()
+
     def load(self, folder: Path) -> None:
         self._engine.load(folder)
 
@@ -191,7 +201,8 @@ class Trainer:
     def step(self) -> TrainerReport:
         """One optimizer step."""
         start = time.perf_counter()
-        batch = self._next.result()
+        with self._trace.span("wait", "the next step's plan and rows"):
+            batch = self._next.result()
         data_wait_s = time.perf_counter() - start
         self._step += 1
         self._next = self._ahead.submit(self._prepare, self._step, batch.cursor)
@@ -201,7 +212,8 @@ class Trainer:
         rate = learning_rate(train.schedule, train.optimizer.learning_rate, batch.step, train.steps)
         for nano_batches in batch.passes:
             summed_loss += self._forward_backward(nano_batches, batch.targets)
-            self._engine.step(rate)
+            with self._trace.span("optimizer", "reduce gradients, update weights"):
+                self._engine.step(rate)
         return self._report(batch, summed_loss, rate, data_wait_s)
 
     def verify(self) -> Comparison | None:
@@ -251,8 +263,11 @@ class Trainer:
             rows = [torch.from_numpy(x).to(self._device) for x in nano_batch.rows]
             names = dict(zip(("input_ids", "position_ids", "labels"), rows, strict=True))
             inputs.append(names | dict(distca=attention, most_rows=nano_batch.most_rows))
-        summed_loss = self._engine.forward(inputs)
-        self._engine.backward(summed_loss, targets)
+        facts = dict(nano_batches=[nano_batch.number for nano_batch in nano_batches])
+        with self._trace.span("model", "forward", **facts):
+            summed_loss = self._engine.forward(inputs)
+        with self._trace.span("model", "backward", **facts):
+            self._engine.backward(summed_loss, targets)
         return float(summed_loss.detach())
 
     def _attention(self, nano_batch: MicroBatch) -> CoreAttention:
@@ -260,11 +275,25 @@ class Trainer:
 
     def _prepare(self, step: int, cursor: Cursor) -> StepBatch:
         """Lengths, plans, routes and rows of a step, on the host thread; servers get to know the plans here."""
-        pieces, cursor = self._stream.step(cursor, self._settings.accumulation)
-        targets = sum(map(self._stream.num_targets, pieces))
+        with self._trace.span("plan", f"documents of step {step}"):
+            pieces, cursor = self._stream.step(cursor, self._settings.accumulation)
+            targets = sum(map(self._stream.num_targets, pieces))
         start = time.perf_counter()
-        passes = self._passes(step, pieces) if targets else []
-        return StepBatch(step, pieces, passes, targets, cursor, time.perf_counter() - start)
+        with self._trace.span("plan", f"plans, routes and rows of step {step}"):
+            passes = self._passes(step, pieces) if targets else []
+        load_packed = sum(self._load_packed(p.lengths) for p in pieces) if targets else None
+        return StepBatch(step, pieces, passes, targets, load_packed, cursor, time.perf_counter() - start)
+
+    def _load_packed(self, lengths: np.ndarray) -> np.ndarray:
+        """(trainers,) int64: the cost of all layers, forward and backward, if documents lay end to end in their order
+        and every row were attended where it lies."""
+        trainers = self._settings.parallel.trainers
+        segments = packed_in_order(lengths, trainers)
+        of_rule = {
+            rule: sum(load_at_home(segments, mask_of(rule, lengths), cost, trainers) for cost in self._costs)
+            for rule in self._rules
+        }
+        return sum(of_rule[call.rule] for call in self._calls)
 
     def _passes(self, step: int, pieces: list[Pieces]) -> list[tuple[MicroBatch, ...]]:
         """The step's micro-batches in pairs where they overlap, an odd one's documents in two groups."""
@@ -303,21 +332,36 @@ class Trainer:
         my_routes = {plan: self._exchange.adopt(r.of_trainer(self._rank), self._device) for plan, r in routes.items()}
         mine = plans[self._rules[0]][0].segments.of_rank(self._rank)
         rows = self._stream.rows(pieces, mine.document, mine.start, mine.end)
-        figures = {plan: (plan.load_at_home(), plan.load(), r.moved_rows()) for plan, r in routes.items()}
-        load_at_home, load, moved = np.zeros(trainers, np.int64), np.zeros(len(self._pool), np.int64), 0
-        for call in self._calls:
-            for plan in set(plans[call.rule]):
-                load_at_home, load = load_at_home + figures[plan][0], load + figures[plan][1]
-            shape = shape_of(call, DTYPES[self._settings.train.precision])
-            for backward, plan in enumerate(plans[call.rule]):
-                moved += shape.wire_bytes(*figures[plan][2], bool(backward))
-        summary = PlanSummary(load_at_home, load, sum(len(plan.server) for plan in routes), moved)
+        summary = self._summary(plans, routes, int(pieces.lengths.sum()))
         return MicroBatch(
             number,
             -(-int(pieces.lengths.sum()) // trainers),
             {rule: tuple(my_routes[plan] for plan in both) for rule, both in plans.items()},
             rows,
             summary,
+        )
+
+    def _summary(
+        self, plans: dict[MaskRule, tuple[Plan, Plan]], routes: dict[Plan, Routes], tokens: int
+    ) -> PlanSummary:
+        loads = {plan: (plan.load_at_home(), plan.load()) for plan in routes}
+        moved_rows = {plan: r.moved_rows() for plan, r in routes.items()}
+        pairs = {rule: int(forward.bands.area().sum()) for rule, (forward, _) in plans.items()}
+        placed, load = (np.zeros_like(x) for x in next(iter(loads.values())))
+        moved_bytes, attention_flops = 0, 0.0
+        for call in self._calls:
+            for plan in set(plans[call.rule]):
+                placed, load = placed + loads[plan][0], load + loads[plan][1]
+            shape = shape_of(call, DTYPES[self._settings.train.precision])
+            attention_flops += shape.flops(pairs[call.rule])
+            for backward, plan in enumerate(plans[call.rule]):
+                moved_bytes += shape.wire_bytes(*moved_rows[plan], bool(backward))
+        return PlanSummary(
+            placed,
+            load,
+            num_tasks=sum(len(plan.server) for plan in routes),
+            predicted_bytes=moved_bytes,
+            flops=model_flops(self._weights_per_token, tokens, attention_flops),
         )
 
     def _report(self, batch: StepBatch, summed_loss: float, rate: float, data_wait_s: float) -> TrainerReport:
@@ -331,6 +375,7 @@ class Trainer:
             lengths=np.concatenate([p.lengths for p in batch.pieces]),
             epoch=int(max(p.epoch.max() for p in batch.pieces)),
             plan=reduce(add, plans) if plans else None,
+            load_packed=batch.load_packed,
             plan_s=batch.plan_s,
             data_wait_s=data_wait_s,
             exchange=self._exchange.take_statistics(),

@@ -209,6 +209,13 @@ class PackedCausalLM(torch.nn.Module):
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
 
+    def weights_per_token(self) -> int:
+        """How many weights each token is multiplied with: those of matrices, without embeddings that are only looked
+        up. Asked before ZeRO splits them."""
+        head = self.model.get_output_embeddings()
+        looked_up = {m.weight for m in self.model.modules() if isinstance(m, torch.nn.Embedding)} - {head.weight}
+        return sum(p.numel() for p in self.model.parameters() if p.dim() >= 2 and p not in looked_up)
+
     def _loss(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         logits_TV = self.logits(hidden)
         return torch.nn.functional.cross_entropy(logits_TV, target, ignore_index=-100, reduction="sum")

@@ -200,7 +200,8 @@ class AttentionServer:
             while True:
                 header, payload = link.wait_message()
                 try:
-                    self._take(rank, header, payload)
+                    with self._trace.span("wire", header.name(), rank=rank):  # where its way ended
+                        self._take(rank, header, payload)
                 except Exception as error:  # whatever it is, trainers must hear of it rather than wait
                     self._fail(header, error)
         except Damaged as error:

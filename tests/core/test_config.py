@@ -265,6 +265,26 @@ def test_the_list_of_settings_covers_every_field_and_explains_it():
     assert described["parallel.trainer_capacity"][:2] == ("integer >= 1, <= 100", "default 100")
     assert described["train.precision"][:2] == ("fp32 | bf16 | fp64", "default bf16")
     assert described["data.sources[i].path"][1] == "required"
+    assert described["monitor.trace_steps"][:2] == ("[integer > 0, integer > 0] | none", "default none")
+
+
+@pytest.mark.parametrize(
+    ("steps", "sentence"),
+    [
+        ([22, 20], "monitor.trace_steps: the first step comes first, got [22, 20]"),
+        ([9, 11], "monitor.trace_steps = [9, 11], but the run has 10 steps (train.steps)"),
+        ([0, 2], "monitor.trace_steps[0]: Input should be greater than 0, got 0"),
+        ([True, 2], "monitor.trace_steps[0]: Input should be a valid integer, got True"),
+        ([1, 2, 3], "monitor.trace_steps: The list should have at most 2 items"),
+        (7, "monitor.trace_steps: Input should be a list, such as [a, b], got 7"),
+    ],
+    ids=str,
+)
+def test_steps_that_cannot_be_traced_are_refused(steps, sentence):
+    with pytest.raises(SettingsError) as caught:
+        validate_settings(values(monitor=dict(trace_steps=steps)))
+    assert sentence in str(caught.value)
+    assert validate_settings(values(monitor=dict(trace_steps=[9, 10]))).monitor.trace_steps == (9, 10)
 
 
 def test_a_word_where_a_list_belongs_is_told_so():

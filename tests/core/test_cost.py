@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distca.cost import AttentionShape, PairCost, RowBlockCost, TableCost, cost_from_words
+from distca.cost import AttentionShape, PairCost, RowBlockCost, TableCost, cost_from_words, model_flops
 from distca.kernels.merge import statistics_dtype
 from distca.masks import UNBOUNDED, Bands, MaskRule
 from distca.parallel.link import ALIGNMENT, BACKWARD, DTYPE_CODES, FORWARD, Header
@@ -24,6 +24,12 @@ def test_flops_are_two_matrix_products_forward_and_five_backward():
     assert shape.flops(1) == 2 * (2 * 64) * 6
     assert shape.flops(1, backward=True) == 5 * (2 * 64) * 6
     assert shape.flops(0) == shape.flops(0, backward=True) == 0
+
+
+def test_a_models_step_takes_three_times_its_forward_pass():
+    """6 FLOPs per weight and token, 12 per pair and element of a query head: recomputing counts nothing."""
+    attention = AttentionShape(query_heads=6, kv_heads=2, head_dim=64, element_bytes=2).flops(1000)
+    assert model_flops(10**6, 5000, attention) == 6 * 10**6 * 5000 + 12 * 1000 * 6 * 64
 
 
 @given(counts, counts)

@@ -19,7 +19,9 @@ FULL = StepRecord(
     step_s=1.6,
     tokens_seen=98304,
     targets_seen=96000,
-    imbalance_before=1.83,
+    tflops_per_worker=0.0051,
+    imbalance_packed=1.83,
+    imbalance_placed=1.31,
     imbalance_planned=1.01,
     imbalance_measured=1.07,
     bytes_moved=4_200_000,
@@ -27,6 +29,7 @@ FULL = StepRecord(
     plan_s=0.0031,
     attention_s=0.21,
     wait_s=0.18,
+    hidden_s=0.4,
     server_busy_s=(0.2, 0.21, 0.19, 0.2),
     data_wait_s=0.0,
     num_documents=21,
@@ -50,16 +53,26 @@ def test_every_number_of_a_record_has_a_name():
 
 def test_a_line_reads_like_this():
     assert FULL.line() == (
-        "step 12/60  loss  3.4125   5.1k tok/s  imbalance 1.83→1.01   4.2 MB moved  plan   3 ms  "
-        "attention  0.21 s  wait  0.18 s"
+        "step 12/60  loss  3.4125   5.1k tok/s  5.1 GFLOP/s each  imbalance 1.83→1.31→1.01   4.2 MB moved  "
+        "attention  0.21 s  wait  0.18 s ( 0.40 hidden)"
     )
 
 
 @pytest.mark.parametrize("tokens, step_s, moved", [(1, 0.9, 0), (123_456, 0.01, 999_999), (3_000_000, 2.0, 73 << 30)])
 def test_lines_stand_in_columns(tokens, step_s, moved):
     other = dataclasses.replace(FULL, step=7, loss=12.0, tokens=tokens, step_s=step_s, bytes_moved=moved, plan_s=0.12)
-    words = ["loss", "tok/s", "imbalance", "moved", "plan", "attention", "wait"]
+    words = ["loss", "tok/s", "FLOP/s", "imbalance", "moved", "attention", "wait", "hidden"]
     assert [other.line().index(w) for w in words] == [FULL.line().index(w) for w in words]
+
+
+def test_a_line_fits_a_wide_terminal():
+    numbers = dict(loss=12.0, tflops_per_worker=412.3, bytes_moved=12_300_000_000, wait_s=99.9, hidden_s=99.9)
+    assert len(dataclasses.replace(FULL, step=9999, num_steps=10_000, **numbers).line()) <= 150
+
+
+def test_what_is_not_measured_leaves_its_part_of_the_line_out():
+    in_one_process = dataclasses.replace(FULL, imbalance_packed=None, imbalance_placed=None, hidden_s=None)
+    assert "  imbalance 1.01  " in in_one_process.line() and in_one_process.line().endswith("wait  0.18 s")
 
 
 def test_what_is_not_there_is_left_out_but_people_see_a_loss_of_nan():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distca.arrays import sum_by
-from distca.placement import num_stripes, place
+from distca.placement import num_stripes, packed_in_order, place
 
 
 def tokens_of(lengths):
@@ -55,6 +55,15 @@ def test_segments_of_ranks_are_all_segments(case):
     per_rank = [segments.of_rank(rank) for rank in range(case[1])]
     assert sum(len(s.row) for s in per_rank) == len(segments.row)
     assert all((s.rank == rank).all() for rank, s in enumerate(per_rank))
+
+
+@given(st.lists(st.integers(0, 60), max_size=12), st.integers(1, 9))
+def test_documents_packed_in_order_lie_end_to_end_on_equal_ranks(lengths, num_ranks):
+    segments = packed_in_order(np.array(lengths, np.int64), num_ranks)
+    bounds = [rank * sum(lengths) // num_ranks for rank in range(num_ranks + 1)]
+    places = [(rank, row) for rank in range(num_ranks) for row in range(bounds[rank + 1] - bounds[rank])]
+    assert list(tokens_on(segments)) == [(*at, *token) for at, token in zip(places, tokens_of(lengths), strict=True)]
+    assert (segments.end > segments.start).all()
 
 
 def test_one_giant_document_is_shared_by_all_ranks():

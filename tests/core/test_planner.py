@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distca.arrays import ranges
 from distca.cost import PairCost, RowBlockCost, TableCost, Wire
 from distca.greedy import even_greedy_plan, greedy_plan
 from distca.masks import UNBOUNDED, Bands, Mask, MaskRule, chunk_mask, prefix_mask, sink_mask
@@ -146,6 +147,20 @@ def test_short_documents_take_no_more_rows_on_a_server_than_they_have():
     inputs = PlanInputs(np.full(2000, 8, np.int64), (MaskRule(),), 4, make_pool(4, 2, False), 20_000, 128)
     routes = routes_of(plan_step(inputs, MaskRule()))
     assert sum(routes.of_server(s).num_q_rows for s in range(2)) <= 16_000 + 2 * TILE
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths_lists, st.integers(1, 5), st.sampled_from([0, 1, 100]))
+def test_loads_at_home_count_the_pairs_of_the_rows_that_a_rank_holds(lengths, num_ranks, window):
+    """Placed: the rows of the plan's segments. Packed: the n-th equal part of all rows in their order."""
+    inputs = inputs_for(lengths, num_ranks, make_pool(num_ranks, 0, True), window)
+    plan = plan_step(inputs, inputs.rules[0])
+    rows = np.concatenate([np.arange(1, length + 1) for length in inputs.lengths])
+    pairs = np.minimum(rows, window) if window else rows  # that each row sees
+    assert plan.load_packed().tolist() == pairs.reshape(num_ranks, -1).sum(1).tolist()
+    first, s = np.cumsum(inputs.lengths) - inputs.lengths, plan.segments
+    placed = pairs[ranges(first[s.document] + s.start, s.end - s.start)]
+    assert plan.load_at_home().tolist() == placed.reshape(num_ranks, -1).sum(1).tolist()
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,34 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from distca.config import MonitorSettings
-from distca.launch.monitor import LAYOUT, Monitor, picture_of_documents, picture_of_load
+from distca.launch.monitor import (
+    DPI,
+    KIND_COLOURS,
+    LAYOUT,
+    LETTERS_PT,
+    SIZE_INCH,
+    Monitor,
+    picture_of_documents,
+    picture_of_load,
+    picture_of_timeline,
+)
+from distca.launch.trace import Recording, StepTrace
 from distca.metrics import METRICS, StepRecord
+from distca.trace import KINDS, Span
+
+CARD = (int(SIZE_INCH[1] * DPI), int(SIZE_INCH[0] * DPI), 3)
 
 
 def record(step: int, **more) -> StepRecord:
     numbers = dict(num_steps=9, loss=3.0 - step, tokens=100, targets=99, step_s=0.5, tokens_seen=100 * step)
     return StepRecord(step=step, **numbers | more)
+
+
+RECORDINGS = [
+    Recording("trainer 0", [Span("model", "forward", "MainThread", 5.0, 5.6)]),
+    Recording("server 0", [Span("kernels", "forward", "compute", 5.2, 5.5)]),
+    Recording("driver", []),
+]
 
 
 def events(folder) -> EventAccumulator:
@@ -29,6 +50,7 @@ def test_tensorboard_shows_scalars_pictures_texts_and_a_first_page(tmp_path):
     for step in (1, 2, 3):
         monitor.documents(step, [5, 700, 1])
         monitor.server_load(step, [3, 1], [2, 2], [2.1, 1.9], names=["trainer 0", "server 0"])
+        monitor.timeline(StepTrace(step, 5.0, 6.0, RECORDINGS))
         monitor.step(record(step, server_busy_s=(0.25, 0.5), imbalance_planned=float("nan")))
     monitor.event(3, "server 1 lost; its tasks went to server 0")
     monitor.close()
@@ -36,14 +58,15 @@ def test_tensorboard_shows_scalars_pictures_texts_and_a_first_page(tmp_path):
     assert [(e.step, e.value) for e in seen.Scalars("train/loss")] == [(1, 2.0), (2, 1.0), (3, 0.0)]
     assert seen.Scalars("cad/server_busy_s/1")[0].value == 0.5
     assert "cad/imbalance_planned" not in seen.Tags()["scalars"]
-    for tag in ("data/document_lengths", "cad/server_load"):
+    for tag in ("data/document_lengths", "cad/server_load", "step/timeline"):
         assert [image.step for image in seen.Images(tag)] == [1, 2]
-        assert seen.Images(tag)[0].width == 880
+        assert seen.Images(tag)[0].width == 720
     texts = {tag: seen.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0] for tag in (
-        "run/settings", "run/versions", "run/events"
+        "run/settings", "run/versions", "run/events", "step/seconds"
     )}  # fmt: skip
     assert b"name: demo" in texts["run/settings"] and b"2.13.0" in texts["run/versions"]
     assert b"server 1 lost" in texts["run/events"]
+    assert b"| server 0 | 0.000 | 0.300 | 0.700 |" in texts["step/seconds"]
     layout = layout_pb2.Layout.FromString(seen.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == ["DistCA"]
     assert len(layout.category[0].chart) == len(LAYOUT["DistCA"])
@@ -132,18 +155,35 @@ sys.exit("tensorboard" in sys.modules or "torch" in sys.modules)
     "lengths", [[1], [7, 7, 7], [1, 1 << 20], list(range(1, 3000)), [0, 5]], ids=lambda x: str(x)[:20]
 )
 def test_any_documents_can_be_drawn(lengths):
-    picture = picture_of_documents(1, lengths)
-    assert picture.shape == (440, 880, 3) and picture.dtype == np.uint8 and picture.std() > 0
+    picture = picture_of_documents(lengths)
+    assert picture.shape == CARD and picture.dtype == np.uint8 and picture.std() > 0
 
 
-@pytest.mark.parametrize("num_servers", [1, 4, 17, 300])
+@pytest.mark.parametrize("num_servers", [1, 4, 6, 17, 300])
 def test_any_number_of_servers_can_be_drawn(num_servers):
     random = np.random.default_rng(0)
-    before, planned, measured = random.random((3, num_servers))
-    picture = picture_of_load(1, before, planned, measured, capacity=1 + random.random(num_servers))
-    assert picture.shape == (440, 880, 3) and picture.std() > 0
-    assert picture_of_load(1, np.zeros(num_servers), np.zeros(num_servers)).std() > 0
+    packed, planned, measured = random.random((3, num_servers))
+    names = [f"server {n}" for n in range(num_servers)]
+    picture = picture_of_load(packed, planned, measured, capacity=1 + random.random(num_servers), names=names)
+    assert picture.shape == CARD and picture.std() > 0
+    assert picture_of_load(np.zeros(num_servers), np.zeros(num_servers)).std() > 0
+
+
+@pytest.mark.parametrize("num_workers", [1, 4, 300])
+def test_any_number_of_workers_has_a_timeline(num_workers):
+    rows = {f"trainer {n}": [(kind, n / 1e3, n / 1e3 + 0.5) for kind in KINDS] for n in range(num_workers)}
+    picture = picture_of_timeline(rows | {"server 0": []}, 1.0)
+    assert picture.shape == CARD and picture.std() > 0
+
+
+def test_letters_can_be_read_on_a_card_of_360_pixels():
+    height, width, _ = CARD
+    assert LETTERS_PT / 72 * DPI * 360 / width >= 10 and 0.6 < height / width < 0.8
+
+
+def test_every_kind_of_span_has_a_colour_of_its_own():
+    assert set(KIND_COLOURS) == set(KINDS) and len(set(KIND_COLOURS.values())) == len(KINDS)
 
 
 def test_the_same_numbers_are_the_same_picture():
-    assert np.array_equal(picture_of_load(1, [1, 2], [1, 1]), picture_of_load(1, [1, 2], [1, 1]))
+    assert np.array_equal(picture_of_load([1, 2], [1, 1]), picture_of_load([1, 2], [1, 1]))

@@ -35,7 +35,7 @@ def test_a_study_shows_draws_and_writes_its_plan(pool, tmp_path):
     console = Console(record=True, width=120)
     console.print(result.table())
     text = console.export_text()
-    assert all(word in text for word in ("tiles", "greedy", "greedy-even", "all at home", "lower bound"))
+    assert all(word in text for word in ("tiles", "greedy", "greedy-even", "packed in order", "at home", "lower bound"))
     result.plot(tmp_path / "load.png")
     assert (tmp_path / "load.png").read_bytes()[:4] == b"\x89PNG"
     result.write_json(tmp_path / "plan.json")

@@ -20,9 +20,12 @@ def settings(tmp_path):
     return make_settings(tmp_path, [30, 70], train=dict(tokens_per_step=100), parallel=dict(trainers=2))
 
 
+SUMMARY = PlanSummary(np.array([7, 1]), np.array([4, 4]), num_tasks=2, predicted_bytes=0, flops=8e9)
+
+
 def report(summed_loss=120.0, targets=80, **others) -> TrainerReport:
-    learnt = dict(grad_norm=0.5, learning_rate=1e-3, plan=PlanSummary(np.array([7, 1]), np.array([4, 4]), 2, 0))
-    nothing = dict(grad_norm=None, learning_rate=None, plan=None)
+    learnt = dict(grad_norm=0.5, learning_rate=1e-3, plan=SUMMARY, load_packed=np.array([9, 3]))
+    nothing = dict(grad_norm=None, learning_rate=None, plan=None, load_packed=None)
     of_step = dict(cursor=(2, 0), lengths=np.array([30, 70]), epoch=0, plan_s=0.0, data_wait_s=0.0, rss_mib=1.0)
     of_workers = dict(exchange=CallStatistics(), server=ServerReport())
     values = dict(summed_loss=summed_loss, targets=targets, **of_step, **of_workers)
@@ -33,6 +36,24 @@ def test_the_loss_is_the_mean_over_the_targets_that_exist(settings):
     record = _record(settings, 1, 0.1, dict(tokens_seen=0, targets_seen=0), [report(120.0), report(0.0)], [])
     assert (record.loss, record.learning_rate, record.grad_norm) == (1.5, 1e-3, 0.5)
     assert (record.tokens, record.targets, record.tokens_seen, record.targets_seen) == (100, 80, 100, 80)
+
+
+def test_what_balancing_did_is_recorded_stage_by_stage(settings):
+    record = _record(settings, 1, 0.1, dict(tokens_seen=0, targets_seen=0), [report()] * 2, [])
+    assert (record.imbalance_packed, record.imbalance_placed, record.imbalance_planned) == (1.5, 1.75, 1.0)
+
+
+def test_flops_are_shared_by_all_workers_and_waiting_is_split_into_exposed_and_hidden(tmp_path):
+    dedicated = dict(trainers=2, servers=2, trainers_serve=False)
+    settings = make_settings(tmp_path, [30, 70], train=dict(tokens_per_step=100), parallel=dedicated)
+    trainers = [
+        report(server=None, exchange=CallStatistics(wait_s=wait_s, hidden_s=hidden_s))
+        for wait_s, hidden_s in ((0.1, 0.6), (0.3, 0.2))
+    ]
+    servers = [(ServerReport(busy_s=0.5), 1.0)] * 2
+    record = _record(settings, 1, 0.5, dict(tokens_seen=0, targets_seen=0), trainers, servers)
+    assert record.tflops_per_worker == pytest.approx(8e9 / 0.5 / 4 / 1e12)
+    assert (record.wait_s, record.hidden_s) == (pytest.approx(0.2), pytest.approx(0.4))
 
 
 def test_a_step_without_targets_has_no_loss_and_nothing_that_an_update_has(settings):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from in_process import attention_of_ranks, make_exchanges
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distca.errors import SettingsError, Unsupported
@@ -74,6 +75,16 @@ def test_the_probe_finds_what_each_layer_asks_for(family):
     for call in calls:
         assert (call.scale, call.softcap) == (pytest.approx(scale), softcap)
         assert (call.query_heads, call.kv_heads, call.head_dim) == (4, 2, changes.get("head_dim", 8))
+
+
+@pytest.mark.parametrize("changes", [dict(tie_word_embeddings=True), dict(tie_word_embeddings=False)], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_weights_per_token_are_those_that_products_are_made_with(family, changes):
+    """By PyTorch's own count of a forward pass without attention; it counts the rotary angles too."""
+    model, tokens = make_model(family, **changes), torch.arange(50)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.logits(model.hidden(tokens, tokens, lambda q, k, v, *_: q))
+    assert counter.get_total_flops() / (2 * len(tokens)) == pytest.approx(model.weights_per_token(), rel=1e-3)
 
 
 def test_the_probe_leaves_the_model_as_it_was():

@@ -1,4 +1,4 @@
-"""DeepSpeed around two strands: the gradients of a plain backward, and under ZeRO 3 no weight stays when it has gone."""
+"""DeepSpeed around two strands: the gradients of a plain backward; under ZeRO 3 no weight stays when it has gone."""
 
 import multiprocessing
 import os
