@@ -1,4 +1,4 @@
-"""DeepSpeed around two strands: the gradients of a plain backward; under ZeRO 3 no weight stays when it has gone."""
+"""DeepSpeed around two strands: the gradients of a plain backward, and ZeRO 3 keeps no weight that has gone by."""
 
 import multiprocessing
 import os
@@ -14,9 +14,8 @@ from distca.plan import make_pool
 
 pytestmark = pytest.mark.slow
 
-WIDE = dict(
-    hidden_size=352, intermediate_size=400, num_hidden_layers=2
-)  # DeepSpeed never splits weights of fewer than 100,000 numbers
+# DeepSpeed never splits weights of fewer than 100,000 numbers
+WIDE = dict(hidden_size=352, intermediate_size=400, num_hidden_layers=2)
 PASSES = 3  # ZeRO 3 notes the order of modules in the second and fetches ahead in the third
 
 
