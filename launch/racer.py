@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from distca.arrays import sum_by
 from distca.config import RunSettings
 from distca.launch.data import Rows
 from distca.launch.server import DedicatedServer, Meeting, backend_of, pool_of
@@ -40,6 +41,8 @@ class BaselineBatch:
 
     attention: Baseline
     rows: Rows
+    most_rows: int
+    """Of any trainer."""
     summary: PlanSummary
 
 
@@ -52,16 +55,22 @@ class BaselineTrainer(Trainer):
 
     def _plan(self, number: int, pieces: Pieces) -> BaselineBatch:
         ranks = self._settings.parallel.trainers
-        own = self._method.layout(pieces.lengths, ranks).of_rank(self._rank)
+        segments = self._method.layout(pieces.lengths, ranks)
+        most_rows = int(sum_by(segments.rank, segments.end - segments.start, ranks).max())
+        own = segments.of_rank(self._rank)
         attention = self._method(self._rank, ranks, pieces.lengths, backend_of(self._settings))
         rows = self._stream.rows(pieces, own.document, own.start, own.end)
         nothing = PlanSummary(np.zeros(ranks, np.int64), np.zeros(0, np.int64), 0, 0)
-        return BaselineBatch(attention, rows, nothing)
+        return BaselineBatch(attention, rows, most_rows, nothing)
 
     def _forward_backward(self, batch: BaselineBatch, targets: int) -> float:
         input_ids, position_ids, labels = (torch.from_numpy(x).to(self._device) for x in batch.rows)
         summed_loss = self._engine.forward(
-            input_ids=input_ids, position_ids=position_ids, labels=labels, distca=batch.attention
+            input_ids=input_ids,
+            position_ids=position_ids,
+            labels=labels,
+            distca=batch.attention,
+            most_rows=batch.most_rows,
         )
         self._engine.backward(summed_loss, targets)
         return float(summed_loss.detach())

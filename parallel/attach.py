@@ -173,15 +173,23 @@ class PackedCausalLM(torch.nn.Module):
         self.model, self.loss_chunk = model, loss_chunk
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor, distca: Callable
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor,
+        distca: Callable,
+        most_rows: int = 0,
     ) -> torch.Tensor:
         """(T,) token ids, positions and next tokens (-100: none) -> sum of cross entropies, fp32 (fp64 for an fp64
         model).
 
-        Logits exist for `loss_chunk` rows at a time, forward and backward."""
+        Logits exist for at most `loss_chunk` rows at a time, forward and backward. Where ranks hold unequal amounts,
+        `most_rows` is the largest: all ask for the head's weights, which ZeRO 3 shares, equally often."""
         hidden_TD = self.hidden(input_ids, position_ids, distca)
         total = hidden_TD.new_zeros((), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
-        for hidden, target in zip(hidden_TD.split(self.loss_chunk), labels.split(self.loss_chunk), strict=True):
+        num_chunks = max(1, -(-max(most_rows, len(labels)) // self.loss_chunk))
+        chunks = hidden_TD.tensor_split(num_chunks), labels.tensor_split(num_chunks)
+        for hidden, target in zip(*chunks, strict=True):
             total = total + checkpoint(self._loss, hidden, target, use_reentrant=False)
         return total
 
