@@ -40,8 +40,9 @@ class BaselineBatch:
     """What one trainer needs for a micro-batch of a baseline."""
 
     attention: Baseline
-    most_rows: int
     rows: Rows
+    most_rows: int
+    """Of any trainer."""
     summary: PlanSummary
 
 
@@ -60,7 +61,7 @@ class BaselineTrainer(Trainer):
         rows = self._stream.rows(pieces, own.document, own.start, own.end)
         nothing = PlanSummary(np.zeros(ranks, np.int64), np.zeros(0, np.int64), 0, 0, 0.0)
         most_rows = int(sum_by(segments.rank, segments.end - segments.start, ranks).max())
-        return BaselineBatch(attention, most_rows, rows, nothing)
+        return BaselineBatch(attention, rows, most_rows, nothing)
 
     def _attention(self, batch: BaselineBatch) -> Baseline:
         return batch.attention

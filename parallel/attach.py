@@ -185,13 +185,13 @@ class PackedCausalLM(torch.nn.Module):
         """(T,) token ids, positions and next tokens (-100: none) -> sum of cross entropies, fp32 (fp64 for an fp64
         model).
 
-        Logits exist for `loss_chunk` rows at a time, forward and backward. `most_rows` is T of the rank that has most:
-        under ZeRO 3 all ranks must call the head equally often, some of them perhaps for no row."""
+        Logits exist for at most `loss_chunk` rows at a time, forward and backward. Where ranks hold unequal amounts,
+        `most_rows` is the largest: all ask for the head's weights, which ZeRO 3 shares, equally often."""
         hidden_TD = self.hidden(input_ids, position_ids, distca)
         total = hidden_TD.new_zeros((), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
-        starts = range(0, max(1, most_rows, len(labels)), self.loss_chunk)
-        sizes = [max(0, min(self.loss_chunk, len(labels) - start)) for start in starts]
-        for hidden, target in zip(hidden_TD.split(sizes), labels.split(sizes), strict=True):
+        num_chunks = max(1, -(-max(most_rows, len(labels)) // self.loss_chunk))
+        chunks = hidden_TD.tensor_split(num_chunks), labels.tensor_split(num_chunks)
+        for hidden, target in zip(*chunks, strict=True):
             total = total + checkpoint(self._loss, hidden, target, use_reentrant=False)
         return total
 
