@@ -63,8 +63,8 @@ from distca.launch.unforeseen import in_words
 from distca.launch.verify import Comparison
 from distca.metrics import StepRecord
 from distca.order import Cursor
-from distca.parallel.engine import DTYPES, refuse_precision
 from distca.parallel.models import PretrainedConfig, check_model, layers_of, position_warning
+from distca.parallel.precision import DTYPES, refuse_precision
 from distca.parallel.server import ServerReport
 from distca.plan import imbalance
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,14 +33,17 @@ from distca.masks import MaskRule
 from distca.order import Cursor, Pieces
 from distca.parallel.attach import AttentionCall, PackedCausalLM, checkpoint_activations, probe
 from distca.parallel.core_attention import CallStatistics, CoreAttention, Exchange
-from distca.parallel.engine import DTYPES, Engine, PlainEngine
 from distca.parallel.link import LocalLink
 from distca.parallel.models import build_model, read_config
+from distca.parallel.precision import DTYPES
 from distca.parallel.server import AttentionServer, ServerReport
 from distca.plan import MILLION, PlanInputs, combined_digest, imbalance
 from distca.planner import plan_directions
 from distca.routes import TrainerRoute, routes_of
 from distca.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from distca.parallel.engine import Engine, PlainEngine
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +146,9 @@ class Trainer:
 
     def connect(self) -> None:
         """Open the links to all servers and start the engine; every worker must be made by now."""
+        # the driver, which only names this class, does without DeepSpeed
+        from distca.parallel.engine import Engine, PlainEngine
+
         links, home = {}, self._pool.home
         if self._rank in home:
             own = home.index(self._rank)
@@ -208,7 +215,7 @@ class Trainer:
         summed_loss = 0.0
         for number, micro_batch in enumerate(batch.micro_batches):
             summed_loss += self._forward_backward(micro_batch, batch.targets)
-            if number < len(batch.micro_batches) - 1 and isinstance(self._engine, Engine):
+            if number < len(batch.micro_batches) - 1 and self._settings.train.precision != "fp64":
                 self._engine.step(0.0)  # only the last one would update
         gradients = self._engine.full_gradients()
         total = torch.tensor(summed_loss, dtype=torch.float64)
