@@ -30,7 +30,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from distca.launch.parent import guard_parent
@@ -72,7 +72,7 @@ class ForkServer:
 
 
 @contextlib.contextmanager
-def forkserver(device: str = "auto") -> Iterator[ForkServer | None]:
+def forkserver(device: str = "auto", preloaded: Sequence[str] = PRELOADED) -> Iterator[ForkServer | None]:
     """Begin to import what workers need; None where they must start by themselves."""
     if not _can_fork(device):
         yield None
@@ -80,7 +80,8 @@ def forkserver(device: str = "auto") -> Iterator[ForkServer | None]:
     ours, theirs = socket.socketpair()
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with deaf(), theirs:
-        process = subprocess.Popen([sys.executable, "-m", __name__], env=os.environ | ALONE, stdin=theirs, **quiet)
+        command = [sys.executable, "-m", __name__, str(os.getpid()), *preloaded]
+        process = subprocess.Popen(command, env=os.environ | ALONE, stdin=theirs, **quiet)
     try:
         yield ForkServer(process, ours)
     finally:
@@ -144,8 +145,10 @@ def _take_over(request: dict, files: list[int]) -> list[str]:
 
 def main() -> None:
     guard_parent()
+    if os.getppid() != int(sys.argv[1]):  # the driver ended before that
+        return
     control = socket.socket(fileno=0)
-    for name in PRELOADED:
+    for name in sys.argv[2:]:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # what forks share is not looked at again, and so not copied
