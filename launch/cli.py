@@ -20,6 +20,7 @@ from rich.table import Table
 
 from distca.config import describe_settings, dump_settings, load_settings, split_overrides, study_settings
 from distca.errors import EXIT_OK, EXIT_OTHER, SettingsError, TryAgain, UserError
+from distca.launch.forkserver import forkserver
 from distca.launch.stop import ending, listening, was_asked
 from distca.launch.unforeseen import in_words
 
@@ -30,7 +31,8 @@ ABOUT = """Train Hugging Face causal language models with their core attention o
 
 Exit codes: 0 ok, 2 bad settings, 3 bad data, 75 stopped with a checkpoint or try again, 1 other."""
 
-# Commands import what they run only when they run: `distca --help` and `distca settings` start without torch and Ray.
+# Commands import what they run only when they run: `distca --help` and `distca settings` start without torch and Ray;
+# those that start workers let the fork server import at the same time.
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,12 @@ class Train:
     """Join a Ray cluster (RAY_ADDRESS) that asks for no token."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
-        from distca.launch.train import train
-
         settings = load_settings(self.run, overrides)
         console.print(dump_settings(settings), style="dim", highlight=False, markup=False)
-        _say_where(train(settings, console, self.insecure), console)
+        with forkserver(settings.parallel.device) as server:
+            from distca.launch.train import train
+
+            _say_where(train(settings, console, self.insecure, server), console)
         return EXIT_OK
 
 
@@ -64,9 +67,10 @@ class Resume:
     """Join a Ray cluster (RAY_ADDRESS) that asks for no token."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
-        from distca.launch.train import resume
+        with forkserver() as server:
+            from distca.launch.train import resume
 
-        _say_where(resume(self.folder, overrides, console, self.insecure), console)
+            _say_where(resume(self.folder, overrides, console, self.insecure, server), console)
         return EXIT_OK
 
 
@@ -82,9 +86,11 @@ class Verify:
     """Join a Ray cluster (RAY_ADDRESS) that asks for no token."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
-        from distca.launch.train import verify
+        settings = load_settings(self.run, overrides)
+        with forkserver(settings.parallel.device) as server:
+            from distca.launch.train import verify
 
-        result = verify(load_settings(self.run, overrides), console, self.insecure)
+            result = verify(settings, console, self.insecure, server)
         table = Table(title=f"gradients of {len(result.parameters)} parameters, the worst first")
         for heading in ("parameter", "relative error", "allowed"):
             table.add_column(heading)
@@ -137,14 +143,15 @@ class Compare:
 
     def __call__(self, overrides: list[str], console: Console) -> int:
         self._refuse()
-        from distca.launch.compare import plot, race_lengths, table_of, write_json
-        from distca.launch.train import compare
-
         pool = [] if self.servers is None else ["--parallel.servers", str(self.servers)]
         settings = load_settings(self.run, [*overrides, *pool, "--parallel.trainers_serve", "true"])
         asked = [name.strip() for name in self.methods.split(",") if name.strip()]
-        lengths = race_lengths(self.lengths, settings) if self.lengths else None
-        race = compare(settings, console, asked, lengths, self.warmup, self.steps, self.insecure)
+        with forkserver(settings.parallel.device) as server:
+            from distca.launch.compare import plot, race_lengths, table_of, write_json
+            from distca.launch.train import compare
+
+            lengths = race_lengths(self.lengths, settings) if self.lengths else None
+            race = compare(settings, console, asked, lengths, self.warmup, self.steps, self.insecure, server)
         console.print(table_of(race))
         for method in race.refused:
             console.print(f"{method.title} cannot: {method.refusal}", highlight=False)

@@ -16,7 +16,6 @@ Workers are plain classes: Ray gives them a process, and only this file knows th
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import fcntl
 import logging
@@ -24,8 +23,8 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -42,7 +41,18 @@ import torch.distributed as dist
 from ray._private import ray_constants, services
 from ray._private import utils as ray_utils
 from ray._private import worker as ray_driver
-from ray._raylet import AuthenticationMode, AuthenticationTokenLoader, Config, get_authentication_mode
+from ray._private.node import Node
+from ray._raylet import (
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    RUNTIME_ENV_AGENT_PORT_NAME,
+    AuthenticationMode,
+    AuthenticationTokenLoader,
+    Config,
+    get_authentication_mode,
+    persist_port,
+)
 from ray.exceptions import (
     ActorUnavailableError,
     AuthenticationError,
@@ -55,8 +65,10 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distca.errors import SettingsError, TryAgain, UserError
+from distca.launch.forkserver import ForkServer
 from distca.launch.keeper import keeping
 from distca.launch.limits import enough_allowed
+from distca.launch.parent import guard_parent
 from distca.launch.stop import deaf, held
 
 logger = logging.getLogger(__name__)
@@ -65,6 +77,12 @@ LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 128 << 20  # rows travel over our own links; the store holds settings and reports
 SAY_EVERY_S = 30.0  # how often waiting is said aloud
 ROOT_CAUSE_S = 1.0  # after a first failure, others are awaited this long: the first to speak is often a victim
+AGENT_PORTS = (
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    RUNTIME_ENV_AGENT_PORT_NAME,
+)
 LONGEST_TEMP_ROOT = 12  # a socket's path has at most 107 bytes, and Ray's and our names take about 92
 
 
@@ -157,11 +175,13 @@ def start_ray(
     gpus: bool = False,
     env: Mapping[str, str] | None = None,
     insecure: bool = False,
+    forkserver: ForkServer | None = None,
 ) -> Iterator[Cluster]:
     """Ray for one run: the cluster that RAY_ADDRESS names (as inside a Ray job), else one of our own on this machine.
 
     `env` is set in every worker. Workers print into `run_folder/logs`. A cluster that does not ask for a token is
-    refused unless `insecure`. On the way out Ray is shut down and the environment as before.
+    refused unless `insecure`. Workers without a GPU come from the `forkserver`, if there is one. On the way out Ray is
+    shut down and the environment as before.
     Requests to stop wait while Ray starts and while it ends; its processes never hear of them.
     """
     assert not ray.is_initialized(), "this process is connected to a Ray already"
@@ -172,7 +192,10 @@ def start_ray(
     worker_env = {"OMP_NUM_THREADS": str(threads), **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}), **(env or {})}
     address = os.environ.get("RAY_ADDRESS", "local")
     own = address in ("", "local")
-    started = _start_own(num_workers, gpus, worker_env, logs) if own else _join(address, worker_env, insecure)
+    if own:
+        started = _start_own(num_workers, gpus, worker_env, logs, None if gpus else forkserver)
+    else:
+        started = _join(address, worker_env, insecure)
     with contextlib.ExitStack() as stack:
         try:
             with held(), _signals_kept():
@@ -185,7 +208,9 @@ def start_ray(
 
 
 @contextlib.contextmanager
-def _start_own(num_workers: int, gpus: bool, worker_env: Mapping[str, str], logs: Path) -> Iterator[str]:
+def _start_own(
+    num_workers: int, gpus: bool, worker_env: Mapping[str, str], logs: Path, forkserver: ForkServer | None
+) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_private_folder())
         token = folder / "token"
@@ -207,7 +232,10 @@ def _start_own(num_workers: int, gpus: bool, worker_env: Mapping[str, str], logs
         stack.enter_context(enough_allowed(num_workers, LOOPBACK))
         mark = stack.enter_context(keeping(folder))
         stack.callback(_shut_down)
+        if forkserver:
+            forkserver.listen(folder)
         with (
+            _lean(forkserver),
             _environment(**worker_env, **mark),  # workers inherit it from Ray's processes, which start here
             _failing_in_words(folder, logs),
         ):
@@ -223,6 +251,39 @@ def _start_own(num_workers: int, gpus: bool, worker_env: Mapping[str, str], logs
                 logging_level=logging.ERROR,
             )
         yield LOOPBACK
+
+
+@contextlib.contextmanager
+def _lean(forkserver: ForkServer | None) -> Iterator[None]:
+    """Ray starts without what a single run does not use, and which takes most of its start: its dashboard, autoscaler
+    and printing of logs, and the two agents of its raylet. What would start a worker asks the fork server to."""
+    start = services.start_ray_process
+
+    def start_ray_process(command: list[str], process_type: str, **options: Any) -> Any:
+        if process_type == ray_constants.PROCESS_TYPE_RAYLET:
+            command = _without_agents(command, forkserver)
+        return start(command, process_type, **options)
+
+    with contextlib.ExitStack() as stack:
+        for unused in ("start_monitor", "start_log_monitor", "start_api_server"):
+            stack.enter_context(_replaced(Node, unused, lambda self, **_: None))
+        # looks for what its dashboard would import by importing it
+        stack.enter_context(_replaced(ray_utils, "get_dashboard_dependency_error", lambda: None))
+        stack.enter_context(_replaced(services, "start_ray_process", start_ray_process))
+        yield
+
+
+def _without_agents(command: list[str], forkserver: ForkServer | None) -> list[str]:
+    """A raylet's command, with sleepers for its agents, for which it waits otherwise, and without which it ends."""
+    options = dict(part.partition("=")[::2] for part in command[1:])
+    for port in AGENT_PORTS:  # where it looks for an agent's; -1 is Ray's own word for one that is not there
+        persist_port(options["--session_dir"], options["--node_id"], port, -1)
+    changed = dict.fromkeys(("--dashboard_agent_command", "--runtime_env_agent_command"), "sleep 2147483647")
+    if forkserver:
+        script = os.path.join(os.path.dirname(ray.__file__), "_private", "workers", "default_worker.py")
+        asking = subprocess.list2cmdline(forkserver.command(script))
+        changed["--python_worker_command"] = options["--python_worker_command"].replace(script, asking)
+    return [f"{name}={changed[name]}" if (name := part.partition("=")[0]) in changed else part for part in command]
 
 
 @contextlib.contextmanager
@@ -517,27 +578,6 @@ def _print_into(log: str) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
-
-
-def guard_parent() -> None:
-    """Make this process end when its parent does, even while it is stuck in native code or stopped.
-
-    Ray's workers end by themselves when they find their raylet gone; the kernel does not leave that to them.
-    """
-    parent = os.getppid()
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died just before
-            os.kill(os.getpid(), signal.SIGKILL)
-        return
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="guard_parent", daemon=True).start()
 
 
 def gather(calls: Sequence[Call], timeout_s: float | None, what: str) -> list[Any]:

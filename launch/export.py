@@ -9,8 +9,9 @@ from pathlib import Path
 from distca.errors import SettingsError
 from distca.launch.publish import newest
 from distca.launch.runs import CHECKPOINTS, CONFIG, MODEL, RUN_FILE, read_own_config
-from distca.parallel.engine import DTYPES, full_weights
+from distca.parallel.engine import full_weights
 from distca.parallel.models import build_model, read_config, without_advice
+from distca.parallel.precision import DTYPES
 
 
 def export(folder: Path, out: Path) -> int:

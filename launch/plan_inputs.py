@@ -12,8 +12,8 @@ from distca.launch.runs import absolute_paths
 from distca.launch.server import pool_of
 from distca.masks import MaskRule
 from distca.order import Cursor
-from distca.parallel.engine import DTYPES
 from distca.parallel.models import layers_of, read_config
+from distca.parallel.precision import DTYPES
 from distca.plan import MILLION, PlanInputs
 
 

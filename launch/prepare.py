@@ -37,7 +37,6 @@ from distca.launch.identity import (
     stamps_of,
     tokenizer_identity,
 )
-from distca.launch.read import read_source
 from distca.paths import expanded
 
 logger = logging.getLogger(__name__)
@@ -168,6 +167,8 @@ def _make_folder(
     """Write into an unfinished folder, then rename it. Who comes second finds the name taken and drops its own."""
     unfinished = folder.with_name(f"{UNFINISHED}{uuid.uuid4().hex}")
     unfinished.mkdir(parents=True)
+    from distca.launch.read import read_source  # a second of imports that documents which are prepared do without
+
     try:
         seen = _Seen(name, skip=settings.on_bad_document == "skip")
         with _Store(unfinished, "uint16" if vocab_size <= 1 << 16 else "uint32") as store:

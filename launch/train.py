@@ -39,6 +39,7 @@ from distca.launch.cluster import (
     start_ray,
 )
 from distca.launch.data import Corpus, first_step_with_targets, pieces_of_steps
+from distca.launch.forkserver import ForkServer
 from distca.launch.monitor import Monitor
 from distca.launch.outlook import shape_of
 from distca.launch.prepare import prepare
@@ -68,8 +69,8 @@ from distca.launch.unforeseen import in_words
 from distca.launch.verify import Comparison
 from distca.metrics import StepRecord
 from distca.order import Cursor
-from distca.parallel.engine import DTYPES, refuse_precision
 from distca.parallel.models import PretrainedConfig, check_model, layers_of, position_warning
+from distca.parallel.precision import DTYPES, refuse_precision
 from distca.parallel.server import ServerReport
 from distca.plan import imbalance
 
@@ -78,7 +79,9 @@ logger = logging.getLogger(__name__)
 SIGN_OF_LIFE_S = 5.0  # a server that is well answers at once: its calls run on other threads
 
 
-def train(settings: RunSettings, console: Console, insecure: bool = False) -> Path:
+def train(
+    settings: RunSettings, console: Console, insecure: bool = False, forkserver: ForkServer | None = None
+) -> Path:
     """Run from the first step; returns the run's folder."""
     settings = absolute_paths(settings)
     refuse_precision(settings)
@@ -90,11 +93,17 @@ def train(settings: RunSettings, console: Console, insecure: bool = False) -> Pa
         console.print(f"[bold]run[/] {escape(str(folder))}", highlight=False)
         keep_model(folder, settings, config, documents)
         settings = with_kernel_times(settings, folder)
-        _run(settings, settings, folder, documents, None, console, insecure)
+        _run(settings, settings, folder, documents, None, console, insecure, forkserver)
     return folder
 
 
-def resume(folder: Path, overrides: list[str], console: Console, insecure: bool = False) -> Path:
+def resume(
+    folder: Path,
+    overrides: list[str],
+    console: Console,
+    insecure: bool = False,
+    forkserver: ForkServer | None = None,
+) -> Path:
     """Go on from a run's newest checkpoint, in its folder; `overrides` may change the pool, the number of steps, …"""
     folder = folder.absolute()
     settings = absolute_paths(load_settings(folder / RUN_FILE, overrides))
@@ -113,11 +122,13 @@ def resume(folder: Path, overrides: list[str], console: Console, insecure: bool 
     for change in changes:
         console.print(f"[bold]changed[/]  {escape(change)}, from step {checkpoint.step + 1} on", highlight=False)
     with _accounted(folder):
-        _run(settings, working, folder, documents, checkpoint, console, insecure)
+        _run(settings, working, folder, documents, checkpoint, console, insecure, forkserver)
     return folder
 
 
-def verify(settings: RunSettings, console: Console, insecure: bool = False) -> Comparison:
+def verify(
+    settings: RunSettings, console: Console, insecure: bool = False, forkserver: ForkServer | None = None
+) -> Comparison:
     """One step of the run, distributed, against one device."""
     if settings.train.precision != "fp64":
         refuse_precision(settings)
@@ -127,7 +138,7 @@ def verify(settings: RunSettings, console: Console, insecure: bool = False) -> C
     with (
         _new_folder(settings, prefix="verify-") as folder,
         _accounted(folder),
-        _team(with_kernel_times(settings, folder), folder, documents, console, insecure) as team,
+        _team(with_kernel_times(settings, folder), folder, documents, console, insecure, forkserver) as team,
         console.status("one step distributed, and one on one device"),
     ):
         _refuse_bad_start(settings, team)
@@ -150,6 +161,7 @@ def compare(
     warmup: int = 1,
     rounds: int = 5,
     insecure: bool = False,
+    forkserver: ForkServer | None = None,
 ) -> Race:
     """`rounds` optimizer steps by every method asked for (all, if none is), after `warmup` of each, on the run's own
     documents, or on drawn ones of these `lengths`."""
@@ -168,7 +180,7 @@ def compare(
         able = [method for method in methods if not method.refusal]
         if not able:
             raise SettingsError("; ".join(f"{method.title} cannot race: {method.refusal}" for method in methods))
-        with _team(settings, folder, documents, console, insecure, Racer, RacingServer) as team:
+        with _team(settings, folder, documents, console, insecure, forkserver, Racer, RacingServer) as team:
             _refuse_bad_start(settings, team)
             for method in able:
                 what = f"meeting the others for {method.title}"
@@ -224,6 +236,7 @@ def _team(
     documents: tuple[Path, ...],
     console: Console,
     insecure: bool,
+    forkserver: ForkServer | None,
     trainer: type = Trainer,
     server: type = DedicatedServer,
 ) -> Iterator[Team]:
@@ -239,7 +252,8 @@ def _team(
         )
     with ExitStack() as stack:
         with console.status("starting Ray"):
-            started = start_ray(folder, num_workers=num_workers, threads=parallel.threads, gpus=gpus, insecure=insecure)
+            options = dict(threads=parallel.threads, gpus=gpus, insecure=insecure, forkserver=forkserver)
+            started = start_ray(folder, num_workers=num_workers, **options)
             cluster = stack.enter_context(started)
             placement = place(cluster, num_workers, timeout_s=timeout_s, gpus=gpus, threads=parallel.threads)
         with console.status(
@@ -278,13 +292,14 @@ def _run(
     start: Published | None,
     console: Console,
     insecure: bool,
+    forkserver: ForkServer | None,
 ) -> None:
     """Steps after `start` (or all), to the end of the run or until asked to stop.
 
     `run_file` is what the run's file says, `settings` what its workers go by: after `start` the run's own model."""
     steps, done = settings.train.steps, start.step if start else 0
     cursor = Cursor(*start.facts["cursor"]) if start else Cursor()
-    with _team(settings, folder, documents, console, insecure) as team:
+    with _team(settings, folder, documents, console, insecure, forkserver) as team:
         if start:
             _ask(team.trainers, "load", start.path, what="loading the checkpoint")
         else:

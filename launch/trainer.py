@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,8 +34,8 @@ from distca.order import Cursor, Pieces
 from distca.overlap import Decision, decide, halves, num_passes
 from distca.parallel.attach import StrandedCausalLM, checkpoint_activations, probe
 from distca.parallel.core_attention import CallStatistics, CoreAttention, Exchange
-from distca.parallel.engine import DTYPES, Engine, PlainEngine
 from distca.parallel.models import build_model, read_config
+from distca.parallel.precision import DTYPES
 from distca.parallel.server import AttentionServer, ServerReport
 from distca.placement import packed_in_order
 from distca.plan import MILLION, Plan, PlanInputs, combined_digest, load_at_home
@@ -42,6 +43,9 @@ from distca.planner import plan_directions
 from distca.routes import Routes, TrainerRoute, routes_of
 from distca.schedule import learning_rate
 from distca.trace import Span, Trace, read_clock
+
+if TYPE_CHECKING:
+    from distca.parallel.engine import Engine, PlainEngine
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +177,9 @@ class Trainer:
         self._announces_to = dedicated[self._rank :: parallel.trainers]  # one trainer is enough
 
     def _start_engine(self) -> None:
+        # the driver, which only names this class, does without DeepSpeed
+        from distca.parallel.engine import Engine, PlainEngine
+
         kind = PlainEngine if self._settings.train.precision == "fp64" else Engine
         passes = num_passes(self._settings.accumulation, self._overlap.on)
         self._engine = kind(self._module, self._settings, self._device, passes)
@@ -233,7 +240,7 @@ class Trainer:
         summed_loss = 0.0
         for number, nano_batches in enumerate(batch.passes):
             summed_loss += self._forward_backward(nano_batches, batch.targets)
-            if number < len(batch.passes) - 1 and isinstance(self._engine, Engine):
+            if number < len(batch.passes) - 1 and self._settings.train.precision != "fp64":
                 self._engine.step(0.0)  # only the last one would update
         gradients = self._engine.full_gradients()
         total = torch.tensor(summed_loss, dtype=torch.float64)

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from distca.config import RunSettings
-from distca.parallel.engine import DTYPES, Fp64Throughout
 from distca.parallel.models import build_model, read_config
+from distca.parallel.precision import DTYPES, Fp64Throughout
 
 TOLERANCES = {"fp64": 1e-10, "fp32": 1e-5}
 BF16_FACTOR = 2.0

@@ -32,10 +32,9 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_grad, zero_to_fp32
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch.nn.utils import clip_grad_norm_
-from torch.overrides import TorchFunctionMode
 
 from distca.config import RunSettings
-from distca.errors import Unsupported
+from distca.parallel.precision import Fp64Throughout, refuse_precision
 
 # DeepSpeed imports its Muon optimizer for every run, only to ask whether it is the one, and decorating Muon's functions
 # loads torch's whole compiler: 3.5 of the 4 seconds that making an engine takes. Nobody calls them here.
@@ -44,18 +43,6 @@ with mock.patch.object(compiler, "compile", lambda: lambda function: function):
 
 # DeepSpeed calls what PyTorch has given new names; no user can change that.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
-
-def refuse_precision(settings: RunSettings) -> None:
-    """Raise Unsupported for a precision that DeepSpeed does not train with, or wrongly."""
-    if settings.train.precision == "fp64":
-        raise Unsupported("train.precision: fp64 is for `distca verify`; DeepSpeed trains with fp32 or bf16")
-    if settings.train.precision == "bf16" and settings.parallel.zero_stage == 0:
-        # DeepSpeed's stage-0 bf16 optimizer steps once on zero gradients, which shifts Adam's bias correction by one
-        # step
-        raise Unsupported("train.precision: bf16 needs parallel.zero_stage of at least 1; stage 0 trains with fp32")
 
 
 class Engine:
@@ -173,15 +160,6 @@ class PlainEngine:
 
     def weights_are_finite(self) -> bool:
         return _are_finite(self._module)
-
-
-class Fp64Throughout(TorchFunctionMode):
-    """Where a model asks for fp32 by name (norms, rotary angles), it gets fp64: its own rounding would hide ours."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        widen = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        return func(*map(widen, args), **{name: widen(x) for name, x in (kwargs or {}).items()})
 
 
 TAG = "deepspeed"

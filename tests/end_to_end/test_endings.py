@@ -42,11 +42,11 @@ class Worker:
     def step(self):
         time.sleep(0.1)
 
-def light(settings, console, insecure):
+def light(settings, console, insecure, forkserver):
     folder = Path(sys.argv[2]) / "run"
     folder.mkdir()
     try:
-        with start_ray(folder, num_workers=2) as cluster:
+        with start_ray(folder, num_workers=2, forkserver=forkserver) as cluster:
             placement = place(cluster, 2, timeout_s=100)
             workers = [spawn(Worker, placement=placement, bundle=n, role="trainer") for n in range(2)]
             gather([w.made for w in workers], 100, "starting")
@@ -66,7 +66,8 @@ def light(settings, console, insecure):
     return folder
 
 if __name__ == "__main__":
-    cli.load_settings, cli.dump_settings = lambda *_: None, lambda _: ""
+    settings = types.SimpleNamespace(parallel=types.SimpleNamespace(device="cpu"))
+    cli.load_settings, cli.dump_settings = lambda *_: settings, lambda _: ""
     sys.modules["distca.launch.train"] = types.SimpleNamespace(train=light)
     sys.exit(cli.run(["train", sys.argv[1]]))
 """

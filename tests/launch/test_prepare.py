@@ -22,6 +22,7 @@ from distca.config import DataSettings
 from distca.errors import DataError, SettingsError
 from distca.launch import identity as identity_module
 from distca.launch import prepare as prepare_module
+from distca.launch import read as read_module
 from distca.launch.data import META, Corpus, read_meta
 from distca.launch.identity import DIGESTS, find_prepared, tokenizer_identity
 from distca.launch.prepare import UNFINISHED, prepare
@@ -32,7 +33,7 @@ TEXTS = ["one", "zwölf Boxkämpfer", "日本語 🙂", "a\x00b\n"]
 def test_a_second_run_reads_no_document(tmp_path, monkeypatch):
     path = write_json_lines(tmp_path / "a.jsonl", [{"text": "x"}])
     first = prepare(data_settings(tmp_path / "cache", path), 259)
-    monkeypatch.setattr(prepare_module, "read_source", lambda *_: pytest.fail("read the source again"))
+    monkeypatch.setattr(read_module, "read_source", lambda *_: pytest.fail("read the source again"))
     assert prepare(data_settings(tmp_path / "cache", path, weights=[7]), 259) == first
 
 
