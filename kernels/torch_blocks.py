@@ -139,6 +139,12 @@ class Batches:
     """Every query row is in a tile."""
     all_keys: bool
 
+    @property
+    def is_whole(self) -> bool:
+        """One call's results are all results, in their order: no copy is needed."""
+        first = self.batches[0] if len(self.batches) == 1 else None
+        return first is not None and isinstance(first.rows, Stripe) and self.all_rows and self.all_keys
+
 
 def attend_torch(
     q_SHD: torch.Tensor,
@@ -164,6 +170,8 @@ def attend_torch(
             at.take(x).transpose(1, 2) for at, x in ((batch.rows, q_SHD), (batch.keys, k_CGD), (batch.keys, v_CGD))
         )
         part, part_lse = (x.transpose(1, 2) for x in _forward(q_BHQD, k_BGKD, v_BGKD, batch.tile, scale))
+        if work.is_whole:
+            return part.flatten(0, 1).contiguous(), part_lse.flatten(0, 1).contiguous()
         if not batch.has_own_rows:
             reached = has_part[batch.tile.q0 : batch.tile.q1]
             if reached.any():
@@ -201,6 +209,8 @@ def attend_backward_torch(
         lse_BHQ = batch.rows.take(lse_SH, padding=torch.inf).transpose(1, 2)  # all weights of padding are 0
         k_BGKD, v_BGKD = (batch.keys.take(x).transpose(1, 2) for x in (k_CGD, v_CGD))
         parts = _backward(do_BHQD, q_BHQD, k_BGKD, v_BGKD, out_BHQD, lse_BHQ, batch.tile, scale)
+        if work.is_whole:
+            return tuple(x.transpose(1, 2).flatten(0, 1).to(dtype).contiguous() for x in parts)
         for at, whole, part, is_own in (
             (batch.rows, dq_SHD, parts[0], batch.has_own_rows),
             (batch.keys, dk_CGD, parts[1], batch.has_own_keys),
