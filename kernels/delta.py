@@ -53,7 +53,9 @@ def out_with_delta(d_out_SHD: torch.Tensor, delta_SH: torch.Tensor) -> torch.Ten
     PyTorch's operators use `out` for nothing else, and this spares sending it to the servers. It is the projection of
     out on d_out, so never longer than out; its row sum has terms of one sign, so rounding to bf16 costs it little."""
     wide_SHD = d_out_SHD.to(delta_SH.dtype)
-    top_SH1 = wide_SHD.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(delta_SH.dtype).tiny)
+    top_SH1 = torch.linalg.vector_norm(wide_SHD, ord=1, dim=-1, keepdim=True)
+    top_SH1 = top_SH1.clamp_min_(torch.finfo(delta_SH.dtype).tiny)
     unit_SHD = wide_SHD / top_SH1  # so that the squares of tiny gradients do not vanish
-    length_SH1 = torch.linalg.vector_norm(unit_SHD, dim=-1, keepdim=True).clamp_min(1.0)  # 0 where d_out is 0
+    length_SH1 = torch.linalg.vector_norm(unit_SHD, dim=-1, keepdim=True)
+    length_SH1 = length_SH1.masked_fill_(length_SH1 == 0, 1.0)  # where d_out is 0
     return unit_SHD.mul_(delta_SH[..., None] / top_SH1 / length_SH1.square()).to(d_out_SHD.dtype)

@@ -4,8 +4,11 @@ Promises, besides those of the reference, which has the same signatures:
 
   - equal calls give equal bits;
   - out, lse and dq of a row have the same bits however the tasks are cut along their rows, and dk and dv of a key
-    however they are cut along their keys, as long as rows and keys keep their places modulo 128 in the packed buffers
-    (`routes.TILE`: there they are those of their document);
+    however they are cut along their keys, as long as rows and keys keep their places modulo 128, counted from the start
+    of the packed buffers (`routes.TILE`). Only a document that is cut, or attended at one place here and at another
+    there, needs such places: for it rows and keys must lie at their own numbers in the document modulo 128, queries and
+    keys each for itself. A document that is whole and always attended at the same rows may start at any of them, and
+    several may share a tile: a row's bits do not depend on its neighbours;
   - where descriptors are used (see `variant_of`), rows that no task touches must be finite.
 
 Kernels run on CUDA, and on a CPU in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.

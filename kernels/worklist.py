@@ -18,6 +18,8 @@ Promises:
     order of their diagonals, then of their keys. So the blocks in which a row sees keys, and their order, do not
     depend on where the tasks are cut along their rows or how they are listed, if no pair is in two of them. (A block
     in which a row sees none changes no bit of its results.)
+  - Short documents share the items of their tile: n of them are n entries, each with the block it lies in. They may
+    start at any row.
   - Every tile of the buffer has its items, also those that no task touches: kernels write all of their output.
   - Items with most blocks come first: handed out in this order to whoever is free, the work ends within one item of
     the ideal. Among items of nearly equal size, those that read the same keys are neighbours, for the L2 cache.

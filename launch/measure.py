@@ -47,6 +47,7 @@ REPEATS = 5  # the median counts
 MOST_ROWS = 32768  # of a timed task
 ROWS_PER_CALL = {"cuda": 16384, "cpu": 256}  # enough tiles for every part of the device
 KEYS_PER_CALL = {"cuda": 1 << 20, "cpu": 1 << 15}  # beyond, tasks read the same keys
+SHORT = "512 documents of 8 tokens"
 DENSE = {
     "cuda": {"SDPA, cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA, FlashAttention 2": SDPBackend.FLASH_ATTENTION},
     "cpu": {"SDPA, CPU": SDPBackend.FLASH_ATTENTION},
@@ -201,15 +202,21 @@ def _comparisons(clock: _Clock, length: int) -> Iterator[tuple[str, Speed]]:
     """One causal document, packed documents and a server's call as planned; then PyTorch on the same, as far as it can
     be had here."""
     one = np.array([length])
+    short = np.full(512, 8)
     packed = draw_lengths("heavy-tail", length, max(length, ROWS_PER_CALL[clock.device]), seed=0)
     ours = {
         "a causal document": _causal(one),
         "packed documents": _causal(packed),
+        SHORT: _causal(short),
         "a server's call as planned": _planned(packed),
     }
     for name, bands in ours.items():
         yield name, clock.speed(int(bands.area().sum()), clock.attend(bands))
-    theirs = {f"{name}, a causal document": (_dense, one, op) for name, op in DENSE[clock.device].items()}
+    theirs = {
+        f"{name}, {what}": (_dense, lengths, op)
+        for name, op in DENSE[clock.device].items()
+        for what, lengths in (("a causal document", one), (f"{SHORT} in one call", short))
+    }
     if clock.device == "cuda":
         for name, lengths in (("a causal document", one), ("packed documents", packed)):
             theirs |= {
@@ -224,8 +231,9 @@ def _comparisons(clock: _Clock, length: int) -> Iterator[tuple[str, Speed]]:
 
 
 def _dense(clock: _Clock, lengths: np.ndarray, operator: SDPBackend) -> tuple[float, float]:
-    s, (length,) = clock.shape, lengths.tolist()
-    q, k, v = (clock.rows(1, heads, length, s.head_dim) for heads in (s.query_heads, s.kv_heads, s.kv_heads))
+    """Documents of one length, side by side in the operator's batch dimension."""
+    s, count, length = clock.shape, len(lengths), int(lengths[0])
+    q, k, v = (clock.rows(count, heads, length, s.head_dim) for heads in (s.query_heads, s.kv_heads, s.kv_heads))
     with sdpa_kernel(operator):
         attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
         return clock.differentiate(attend, q, k, v)

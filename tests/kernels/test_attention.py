@@ -91,6 +91,48 @@ def test_any_task_list_equals_dense_attention(backend, tasks, heads):
     assert_close(problem.run(backend), problem.dense())
 
 
+@st.composite
+def packed_documents(draw) -> Problem:
+    """Short documents, equal and unequal, long ones, cut ones and windows, with rows between that no task touches."""
+    tasks, row, key = [], 0, 0
+    for _ in range(draw(st.integers(1, 4))):
+        length, count = draw(st.sampled_from([1, 3, 8, 16, 63, 64, 65, 90])), draw(st.sampled_from([1, 2, 9]))
+        window = draw(st.sampled_from([NONE, NONE, -4]))
+        gap, before = draw(st.sampled_from([0, 0, 5])), draw(st.sampled_from([0, 0, 7]))
+        for _ in range(count):
+            tasks.append((row, row + length, key, key + before + length, window + before, before))
+            row, key = row + length + gap, key + before + length + gap
+    order = draw(st.permutations(range(len(tasks))))
+    return Problem.of(Bands.of(*(tasks[i] for i in order)), row, key, draw(st.sampled_from(HEADS)), head_dim=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problem=packed_documents())
+def test_packed_documents_equal_the_reference(problem):
+    with nan_memory():
+        found = problem.run("torch")
+    assert_close(found, problem.run("reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [1, 5, 8, 40, 64])
+def test_a_short_document_has_the_same_bits_whatever_lies_beside_it(length, dtype):
+    crowd = [8, 8, 3, 64, length, length, 90] + [length] * 9
+    problem = Problem.of(causal(*crowd), sum(crowd), sum(crowd), (8, 2), 16).to(dtype)
+    together = problem.run("torch")
+    for nth in (4, 12):
+        at = slice(sum(crowd[:nth]), sum(crowd[:nth]) + length)
+        rows = (x[at].contiguous() for x in (problem.q, problem.k, problem.v, problem.d_out))
+        alone = Problem(causal(length), *rows, problem.scale).run("torch")
+        assert all(torch.equal(x[at], y) for x, y in zip(together, alone, strict=True))
+
+
+def test_short_documents_share_a_few_operator_calls():
+    for lengths, calls in (([8] * 512, 1), ([8] * 500 + [300] + [8] * 500, 3), (list(range(3, 61)) * 5, 8)):
+        work = torch_blocks.batches_of(causal(*lengths), sum(lengths), sum(lengths), batched=True)
+        assert len(work.batches) == calls and work.all_rows and work.all_keys
+
+
 @settings(max_examples=60, deadline=None)
 @given(tasks=task_lists(), edge_rows=st.integers(1, 5))
 def test_tiles_hold_each_pair_of_the_tasks_once_and_small_masks_only(tasks, edge_rows):

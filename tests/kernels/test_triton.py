@@ -13,6 +13,7 @@ from problems import (
     NONE,
     Problem,
     assert_as_good_as_plain,
+    causal,
     finite,
     joined,
     pieces_of,
@@ -64,6 +65,11 @@ def test_query_heads_share_key_heads_in_every_ratio(heads):
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 256])
 def test_every_head_size(head_dim):
     problem = Problem.of(*UNEVEN, (2, 1), head_dim).to(torch.float32)
+    assert_exact(interpreted(run_in_nan_memory, problem, "triton"), problem)
+
+
+def test_short_documents_share_tiles_at_any_rows():
+    problem = Problem.of(causal(8, 8, 8, 3, 60, 1, 50, 17, 8), 163, 163, (2, 1), 16).to(torch.float32)
     assert_exact(interpreted(run_in_nan_memory, problem, "triton"), problem)
 
 

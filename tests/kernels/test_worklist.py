@@ -93,6 +93,13 @@ def test_no_more_blocks_than_the_mask_needs():
     assert work_list(window, 1024, 2, 128, 128).num_blocks() == 2 * 15
 
 
+def test_short_documents_share_the_items_of_their_tile():
+    """2,000 documents of 8 rows: an item per tile of 128 rows and key head, a block per document."""
+    work = work_list(causal(*[8] * 2000), 16000, 2, 128, 128)
+    assert len(work.items) == 2 * 125 and len(work.entries) == 2000
+    assert work.num_blocks() == 2 * 2000
+
+
 def test_neighbours_in_the_list_read_the_same_keys():
     """Two equal documents, two key heads: a head of a document is done before the next, as far as sizes are alike."""
     items = work_list(causal(2048, 2048), 4096, 2, 128, 128).items

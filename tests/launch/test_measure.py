@@ -78,5 +78,6 @@ def test_an_operator_that_pytorch_does_not_have_leaves_the_table_whole(tmp_path,
         "a causal document",
         "packed documents",
         "a server's call as planned",
+        "512 documents of 8 tokens",
     }
     assert "left out: SDPA, CPU" in caplog.text
