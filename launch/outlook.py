@@ -13,8 +13,8 @@ from distca.cost import PICOSECONDS, AttentionShape
 from distca.kernels.merge import statistics_dtype
 from distca.overlap import Decision, Outlook
 from distca.parallel.attach import AttentionCall
-from distca.parallel.engine import DTYPES
 from distca.parallel.models import activation_bytes, num_matrix_weights
+from distca.parallel.precision import DTYPES
 from distca.payoff import predicted
 from distca.plan import PlanInputs
 from distca.planner import plan_step

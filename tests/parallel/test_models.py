@@ -18,7 +18,6 @@ from distca.kernels.attention import attend, attend_backward
 from distca.masks import MaskRule
 from distca.parallel import attach, models
 from distca.parallel.attach import PROBE_LENGTHS, PackedCausalLM, packed, probe
-from distca.parallel.engine import Fp64Throughout
 from distca.parallel.models import (
     FAMILIES,
     build_model,
@@ -29,6 +28,7 @@ from distca.parallel.models import (
     reason,
     without_advice,
 )
+from distca.parallel.precision import Fp64Throughout
 
 TINY = dict(
     vocab_size=64,

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distca.config import RunSettings
-from distca.parallel.engine import Fp64Throughout
+from distca.parallel.precision import Fp64Throughout
 
 Step = Sequence[tuple[Sequence[int], Sequence[int]]]  # documents, each as ids and labels
 
