@@ -11,12 +11,15 @@ import socket
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 
 from distca.config import RunSettings
 from distca.launch.cluster import connect_store
-from distca.parallel.link import GroupLink
+from distca.parallel.link import Link
 from distca.parallel.server import AttentionServer, ServerReport
+from distca.parallel.transport import SERVER_END, TRAINER_END, Transport, make_transport
 from distca.plan import Pool, make_pool
+from distca.transports import choose_transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +42,11 @@ class DedicatedServer:
 
     def connect(self) -> None:
         store = connect_store(self._meeting.host, self._meeting.port, self._settings.parallel.start_timeout_s)
+        worker = worker_of(self._number, self._settings)
+        self._transport = transport_of(store, worker, self._settings, self._meeting, self._device)
         for rank, server in meetings(self._settings):
             if server == self._number:
-                self._server.serve(rank, open_link(store, rank, server, 1, self._settings, self._meeting, self._device))
+                self._server.serve(rank, open_link(self._transport, rank, server, SERVER_END, self._settings))
 
     def take_report(self) -> tuple[ServerReport, float]:
         """What it did since the last call, and its largest memory in MiB."""
@@ -69,14 +74,26 @@ def meetings(settings: RunSettings) -> list[tuple[int, int]]:
     return sorted(pairs, key=lambda pair: ((pair[0] + pair[1]) % rounds, pair))
 
 
-def open_link(
-    store, rank: int, server: int, end: int, settings: RunSettings, meeting: Meeting, device: torch.device
-) -> GroupLink:
+def worker_of(server: int, settings: RunSettings) -> int:
+    """The worker where a server runs: its trainer for one in place; dedicated servers come after the trainers."""
+    home, p = pool_of(settings).home, settings.parallel
+    return p.trainers + server - (len(home) - p.servers) if home[server] is None else home[server]
+
+
+def transport_of(
+    store: dist.Store, worker: int, settings: RunSettings, meeting: Meeting, device: torch.device
+) -> Transport:
+    """What opens this worker's links."""
+    p = settings.parallel
+    num_workers = p.trainers + p.servers
+    kind, address = choose_transport(p.transport, num_workers), _own_address(meeting)
+    return make_transport(kind, store, worker, num_workers, address, p.deadline_s, device)
+
+
+def open_link(transport: Transport, rank: int, server: int, end: int, settings: RunSettings) -> Link:
     """Our end of the link between a trainer (end 0) and a server (end 1); waits for the other end."""
-    deadline_s = settings.parallel.deadline_s if end == 0 else None
-    return GroupLink(
-        store, f"{rank}-{server}", end, _own_address(meeting), deadline_s, device, nccl=device.type == "cuda"
-    )
+    peer = worker_of(server, settings) if end == TRAINER_END else rank
+    return transport.open(peer, f"{rank}-{server}", end)
 
 
 def _own_address(meeting: Meeting) -> str:

@@ -26,7 +26,7 @@ from distca.hardware import costs_of, wires_of
 from distca.kernels.merge import statistics_dtype
 from distca.launch.cluster import LOOPBACK, connect_store
 from distca.launch.data import Corpus, DocumentStream, Rows
-from distca.launch.server import Meeting, backend_of, meetings, open_link, pool_of, rss_mib
+from distca.launch.server import Meeting, backend_of, meetings, open_link, pool_of, rss_mib, transport_of
 from distca.launch.verify import Comparison, Document, compare_with_one_device
 from distca.masks import MaskRule
 from distca.order import Cursor, Pieces
@@ -143,6 +143,7 @@ class Trainer:
     def connect(self) -> None:
         """Open the links to all servers and start the engine; every worker must be made by now."""
         links, home = {}, self._pool.home
+        self._transport = transport_of(self._store, self._rank, self._settings, self._meeting, self._device)
         if self._rank in home:
             own = home.index(self._rank)
             self._server = AttentionServer(own, backend_of(self._settings), self._device)
@@ -152,7 +153,7 @@ class Trainer:
             end = 0 if rank == self._rank else 1 if home[server] == self._rank else None
             if end is None:
                 continue
-            link = open_link(self._store, rank, server, end, self._settings, self._meeting, self._device)
+            link = open_link(self._transport, rank, server, end, self._settings)
             if end == 0:
                 links[server] = link
             else:
