@@ -51,15 +51,21 @@ def measure_links(transport: str, workers: int, neighbours: int, say: Callable[[
             process.kill()
         for process, _ in team:
             process.join()
-    grown = {key: statistics.median(a[key] - b[key] for a, b in zip(after, before, strict=True)) for key in before[0]}
     return dict(
         transport=transport,
         workers=workers,
         neighbours=neighbours,
         open_s=max(a["open_s"] for a in after),
-        **{f"{key}_per_worker": value for key, value in grown.items()},
+        threads_per_worker=_grown("threads", before, after),
+        sockets_per_worker=_grown("sockets", before, after),
+        grown_rss_mib_per_worker=_grown("rss_mib", before, after),
+        pss_mib_per_worker=statistics.median(a["pss_mib"] for a in after),  # of the whole process
         **times,
     )
+
+
+def _grown(key: str, before: list[dict[str, float]], after: list[dict[str, float]]) -> float:
+    return statistics.median(a[key] - b[key] for a, b in zip(after, before, strict=True))
 
 
 def table_of(found: Mapping[str, float]) -> Table:
