@@ -110,6 +110,8 @@ class Peer:
     """Another process; it opens links as told and answers every message with its own bytes."""
 
     def __init__(self, folder: Path, kind: str, number: int = 1):
+        folder = folder / str(number)  # a store for each peer, as their links have the same names
+        folder.mkdir(exist_ok=True)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["distca.parallel.transport", "psutil"])
         self._number, self._ours, self.kind = number, _transport(folder, kind, 0), kind
