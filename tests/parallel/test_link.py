@@ -337,9 +337,9 @@ def test_a_stopped_peer_is_given_up_after_the_deadline_and_no_other(tmp_path, ki
     with peers(tmp_path, 2, kind) as (hangs, lives):
         lost, kept = hangs.open(deadline_s=1.0), lives.open(deadline_s=20)
         os.kill(hangs.process.pid, signal.SIGSTOP)
-        lost.send(Header(FORWARD), [torch.zeros(1000)])
         start = time.monotonic()
         with pytest.raises(LinkError, match="Timed out"):
+            lost.send(Header(FORWARD), [torch.zeros(1000)])  # waits too where the receiver must make room first
             lost.wait_message()
         assert 0.9 < time.monotonic() - start < 60
         assert echoed(kept)
