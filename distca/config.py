@@ -32,6 +32,7 @@ from pydantic import (
 
 from distca.errors import SettingsError
 from distca.paths import written_as_path
+from distca.transports import Transports
 
 KIND_NAMES = {str: "text", int: "integer", float: "number", bool: "true | false", Path: "path", dict: "mapping"}
 KIND_NAMES |= {NoneType: "none", tuple: "list of texts"}
@@ -231,6 +232,12 @@ class ParallelSettings(Settings):
     """Where workers compute; `auto` takes GPUs if there are enough for every worker."""
     threads: PositiveInt = 1
     """CPU threads per worker."""
+    transport: Transports = "auto"
+    """What carries rows between trainers and servers. `pairs`: a process group for every trainer-server pair; a lost
+    or slow peer ends its own link alone. `group`: one process group of all workers, which connects those that talk to
+    each other; grows with neighbours, not with pairs. `nixl`: NIXL over UCX (InfiniBand, RoCE, NVLink, TCP, shared
+    memory), as lean and with lost peers kept apart; needs `pip install distca[nixl]`. `auto`: pairs up to 16 workers,
+    group above."""
     deadline_s: float = Field(120.0, gt=0, allow_inf_nan=False)
     """Seconds a trainer waits for one attention call before it gives the server up."""
     start_timeout_s: float = Field(120.0, gt=0, allow_inf_nan=False)

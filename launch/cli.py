@@ -291,10 +291,10 @@ class Export:
 
 @dataclass(frozen=True)
 class Measure:
-    """Time core attention on this machine, and write the table that predicts other calls."""
+    """Time core attention on this machine, and write the table that predicts other calls; or what links cost."""
 
-    what: tyro.conf.Positional[Literal["kernels"]]
-    """What to measure."""
+    what: tyro.conf.Positional[Literal["kernels", "links"]]
+    """What to measure. `links` takes the last three options, `kernels` the others."""
     out: tyro.conf.Positional[Path]
     """YAML file to write, for example configs/hardware/NAME.yaml."""
     backend: str = "torch"
@@ -309,17 +309,42 @@ class Measure:
     """Most keys that a timed row sees."""
     minutes: float = 8.0
     """Time to spend on the table; its longest keys are left out if they do not fit. Comparisons come on top."""
+    transport: Literal["pairs", "group", "nixl"] = "pairs"
+    """As `parallel.transport` in a run file."""
+    workers: int = 8
+    """Processes to start."""
+    neighbours: int = 4
+    """Workers that each one has links to: an even number, or all others."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
         from distca.hardware import write_hardware
         from distca.launch.measure import measure_kernels, table_of
 
         _refuse_overrides("measure", overrides)
+        if self.what == "links":
+            return self._links(console)
         shape, command = (self.heads, self.dtype, self.longest, 60 * self.minutes), " ".join(sys.argv)
         with console.status("") as status:
             times = measure_kernels(self.backend, self.device, *shape, command, status.update)
         write_hardware(self.out, times)
         console.print(table_of(times))
+        console.print(f"written to {escape(str(self.out))}", highlight=False)
+        return EXIT_OK
+
+    def _links(self, console: Console) -> int:
+        from distca.launch.measure_links import measure_links, table_of
+        from distca.transports import refuse_transport
+
+        refuse_transport(self.transport)
+        if not 1 <= self.neighbours < self.workers:
+            raise SettingsError(
+                f"{self.workers} workers have 1 to {self.workers - 1} neighbours, not {self.neighbours}"
+            )
+        with console.status("") as status:
+            found = measure_links(self.transport, self.workers, self.neighbours, status.update)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text("".join(f"{name}: {value}\n" for name, value in found.items()))
+        console.print(table_of(found))
         console.print(f"written to {escape(str(self.out))}", highlight=False)
         return EXIT_OK
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import resource
 import socket
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,10 +16,12 @@ import torch.distributed as dist
 
 from distca.config import RunSettings
 from distca.launch.cluster import connect_store
-from distca.parallel.link import GroupLink
+from distca.parallel.link import Link
 from distca.parallel.server import AttentionServer, ServerReport
+from distca.parallel.transport import SERVER_END, TRAINER_END, Transport, make_transport
 from distca.plan import Pool, make_pool
 from distca.trace import Span, Trace, read_clock
+from distca.transports import choose_transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +41,19 @@ class DedicatedServer:
         self._number, self._settings, self._meeting = number, settings, meeting
         self._device = torch.device(device)
         self._trace = Trace()
-        self._server = AttentionServer(number, backend_of(settings), self._device, trace=self._trace)
+        self._server = AttentionServer(number, backend_of(settings), self._device, meet=self._meet, trace=self._trace)
 
     def connect(self, name: str = "") -> None:
         """Open the links to all trainers; servers of several pools that meet at one store give theirs a name."""
         store = connect_store(self._meeting.host, self._meeting.port, self._settings.parallel.start_timeout_s)
-        store = dist.PrefixStore(name, store)
-        for rank, server in meetings(self._settings):
-            if server == self._number:
-                self._server.serve(rank, open_link(store, rank, server, 1, self._settings, self._meeting, self._device))
+        self._store = dist.PrefixStore(name, store) if name else store
+        worker = worker_of(self._number, self._settings)
+        self._transport = transport_of(self._store, worker, self._settings, self._meeting, self._device)
+        self._meet(rank for rank, server in first_meetings(self._settings) if server == self._number)
+
+    def _meet(self, ranks: Iterable[int]) -> None:
+        for rank, server in in_turn([(rank, self._number) for rank in ranks], self._settings):
+            self._server.serve(rank, open_link(self._transport, rank, server, SERVER_END, self._settings))
 
     def record(self, is_on: bool) -> list[Span]:
         """See `Trace.record`."""
@@ -70,25 +77,50 @@ def pool_of(settings: RunSettings) -> Pool:
     return replace(pool, neighbourhoods=settings.planner.neighbourhoods)
 
 
-def meetings(settings: RunSettings) -> list[tuple[int, int]]:
-    """(trainer, server) of every link between processes, in the order in which all workers open them.
+def announcers(settings: RunSettings) -> list[tuple[int, int]]:
+    """(trainer, server): the trainer that tells each dedicated server what is planned; one is enough."""
+    dedicated = [server for server, home in enumerate(pool_of(settings).home) if home is None]
+    return [(n % settings.parallel.trainers, server) for n, server in enumerate(dedicated)]
 
-    Opening a link waits for the other side, with all threads of the process. One order for all cannot end in a circle,
-    and going round like a tournament lets different pairs meet at the same time."""
-    trainers, pool = settings.parallel.trainers, pool_of(settings)
-    pairs = [(rank, server) for rank in range(trainers) for server in range(len(pool)) if pool.home[server] != rank]
-    rounds = max(trainers, len(pool))
+
+def first_meetings(settings: RunSettings) -> list[tuple[int, int]]:
+    """(trainer, server) of every link that is opened at the start. Others are when a plan first names the pair, but for
+    links that are groups of two: to open one of these stops all threads of a process until the other side comes."""
+    parallel, pool = settings.parallel, pool_of(settings)
+    if choose_transport(parallel.transport, parallel.trainers + parallel.servers) != "pairs":
+        return announcers(settings)
+    return [(rank, server) for rank in range(parallel.trainers) for server in range(len(pool))]
+
+
+def in_turn(pairs: Collection[tuple[int, int]], settings: RunSettings) -> list[tuple[int, int]]:
+    """(trainer, server) pairs in the order in which all workers open them.
+
+    Opening a link waits for the other side. One order for all cannot end in a circle, and going round like a tournament
+    lets different pairs meet at the same time."""
+    rounds = max(settings.parallel.trainers, len(pool_of(settings)))
     return sorted(pairs, key=lambda pair: ((pair[0] + pair[1]) % rounds, pair))
 
 
-def open_link(
-    store, rank: int, server: int, end: int, settings: RunSettings, meeting: Meeting, device: torch.device
-) -> GroupLink:
+def worker_of(server: int, settings: RunSettings) -> int:
+    """The worker where a server runs: its trainer for one in place; dedicated servers come after the trainers."""
+    home, p = pool_of(settings).home, settings.parallel
+    return p.trainers + server - (len(home) - p.servers) if home[server] is None else home[server]
+
+
+def transport_of(
+    store: dist.Store, worker: int, settings: RunSettings, meeting: Meeting, device: torch.device
+) -> Transport:
+    """What opens this worker's links."""
+    p = settings.parallel
+    num_workers = p.trainers + p.servers
+    kind, address = choose_transport(p.transport, num_workers), _own_address(meeting)
+    return make_transport(kind, store, worker, num_workers, address, p.deadline_s, device)
+
+
+def open_link(transport: Transport, rank: int, server: int, end: int, settings: RunSettings) -> Link:
     """Our end of the link between a trainer (end 0) and a server (end 1); waits for the other end."""
-    deadline_s = settings.parallel.deadline_s if end == 0 else None
-    return GroupLink(
-        store, f"{rank}-{server}", end, _own_address(meeting), deadline_s, device, nccl=device.type == "cuda"
-    )
+    peer = worker_of(server, settings) if end == TRAINER_END else rank
+    return transport.open(peer, f"{rank}-{server}", end)
 
 
 def _own_address(meeting: Meeting) -> str:

@@ -73,6 +73,7 @@ from distca.parallel.models import PretrainedConfig, check_model, layers_of, pos
 from distca.parallel.precision import DTYPES, refuse_precision
 from distca.parallel.server import ServerReport
 from distca.plan import imbalance
+from distca.transports import refuse_transport
 
 logger = logging.getLogger(__name__)
 
@@ -543,6 +544,7 @@ def _check(settings: RunSettings) -> PretrainedConfig:
     precision = DTYPES[settings.train.precision]
     config = check_model(m, backend_of(settings), precision, device)
     costs_of(settings.planner)  # a table that cannot be read
+    refuse_transport(settings.parallel.transport)
     if settings.planner.wire.gb_per_s:
         wires_of(settings.planner, shape_of(layers_of(config)[0], precision))  # or one of another model's shape
     return config

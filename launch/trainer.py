@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -27,7 +28,17 @@ from distca.hardware import costs_of, wires_of
 from distca.launch.cluster import LOOPBACK, connect_store
 from distca.launch.data import Corpus, DocumentStream, Rows
 from distca.launch.outlook import describe_overlap, outlook_of, shape_of
-from distca.launch.server import Meeting, backend_of, meetings, open_link, pool_of, rss_mib
+from distca.launch.server import (
+    Meeting,
+    announcers,
+    backend_of,
+    first_meetings,
+    in_turn,
+    open_link,
+    pool_of,
+    rss_mib,
+    transport_of,
+)
 from distca.launch.verify import Comparison, Document, compare_with_one_device
 from distca.masks import MaskRule, mask_of
 from distca.order import Cursor, Pieces
@@ -36,7 +47,9 @@ from distca.parallel.attach import StrandedCausalLM, checkpoint_activations, pro
 from distca.parallel.core_attention import CallStatistics, CoreAttention, Exchange
 from distca.parallel.models import build_model, read_config
 from distca.parallel.precision import DTYPES
+from distca.parallel.rows import on_device
 from distca.parallel.server import AttentionServer, ServerReport
+from distca.parallel.transport import SERVER_END, TRAINER_END
 from distca.placement import packed_in_order
 from distca.plan import MILLION, Plan, PlanInputs, combined_digest, load_at_home
 from distca.planner import plan_directions
@@ -157,24 +170,30 @@ class Trainer:
         self._start_engine()
 
     def _join_servers(self) -> None:
-        links, home, parallel = {}, self._pool.home, self._settings.parallel
+        """Make this trainer's server, if it has one, and open the links that are there from the start."""
+        home, parallel = self._pool.home, self._settings.parallel
+        self._transport = transport_of(self._store, self._rank, self._settings, self._meeting, self._device)
         if self._rank in home:
             own, backend = home.index(self._rank), backend_of(self._settings)
             self._server = AttentionServer(
                 own, backend, self._device, self._rank, deadline_s=parallel.deadline_s, trace=self._trace
             )
-        for rank, server in meetings(self._settings):
-            end = 0 if rank == self._rank else 1 if home[server] == self._rank else None
-            if end is None:
+        self._exchange = Exchange(self._rank, {}, self._server, trace=self._trace)
+        self._met: set[tuple[int, int]] = set()
+        self._meet(first_meetings(self._settings))
+        self._announces_to = [server for rank, server in announcers(self._settings) if rank == self._rank]
+
+    def _meet(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Open the links of those (trainer, server) pairs that this trainer is in and that have none yet."""
+        home = self._pool.home
+        for rank, server in in_turn(set(pairs) - self._met, self._settings):
+            if home[server] == rank:
                 continue
-            link = open_link(self._store, rank, server, end, self._settings, self._meeting, self._device)
-            if end == 0:
-                links[server] = link
-            else:
-                self._server.serve(rank, link)
-        self._exchange = Exchange(self._rank, links, self._server, trace=self._trace)
-        dedicated = [server for server, rank in enumerate(home) if rank is None]
-        self._announces_to = dedicated[self._rank :: parallel.trainers]  # one trainer is enough
+            if rank == self._rank:
+                self._exchange.links[server] = open_link(self._transport, rank, server, TRAINER_END, self._settings)
+            elif home[server] == self._rank:
+                self._server.serve(rank, open_link(self._transport, rank, server, SERVER_END, self._settings))
+            self._met.add((rank, server))
 
     def _start_engine(self) -> None:
         # the driver, which only names this class, does without DeepSpeed
@@ -330,15 +349,18 @@ class Trainer:
         plans = {rule: plan_directions(inputs, rule) for rule in self._rules}
         routes = {plan: routes_of(plan) for both in plans.values() for plan in both}
         digest = combined_digest([routes[plan].digest for both in plans.values() for plan in both])
+        for server in self._announces_to:  # first: a server opens its ends of links when it knows the plan
+            self._exchange.announce(server, number, inputs, digest, oldest)
+        mine = {plan: r.of_trainer(self._rank) for plan, r in routes.items()}
+        served = {plan: r.of_server(self._server.number) for plan, r in routes.items()} if self._server else {}
+        pairs = {(self._rank, at.server) for route in mine.values() for at in route.links}
+        self._meet(pairs | {(at.rank, self._server.number) for route in served.values() for at in route.links})
         if self._server:
-            served = {plan: r.of_server(self._server.number) for plan, r in routes.items()}
             by_window = {rule.window: tuple(served[plan] for plan in both) for rule, both in plans.items()}
             self._server.adopt(number, by_window, oldest)
-        for server in self._announces_to:
-            self._exchange.announce(server, number, inputs, digest, oldest)
-        my_routes = {plan: self._exchange.adopt(r.of_trainer(self._rank), self._device) for plan, r in routes.items()}
-        mine = plans[self._rules[0]][0].segments.of_rank(self._rank)
-        rows = self._stream.rows(pieces, mine.document, mine.start, mine.end)
+        my_routes = {plan: on_device(route, self._device) for plan, route in mine.items()}
+        held = plans[self._rules[0]][0].segments.of_rank(self._rank)
+        rows = self._stream.rows(pieces, held.document, held.start, held.end)
         summary = self._summary(plans, routes, int(pieces.lengths.sum()))
         return MicroBatch(
             number,

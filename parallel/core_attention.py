@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -42,7 +42,6 @@ from distca.parallel.link import (
     Rows,
     unpack,
 )
-from distca.parallel.rows import on_device
 from distca.parallel.server import REQUEST_ROWS, AttentionServer, reply_shapes
 from distca.parallel.strands import hand_over
 from distca.plan import PlanInputs
@@ -88,12 +87,10 @@ class Exchange:
         rank: int,
         links: dict[int, Link],
         own: AttentionServer | None = None,
-        open_link: Callable[[int], Link] | None = None,
         trace: Trace | None = None,
     ):
-        """`open_link(server)` gives the link to a server that a plan names for the first time."""
         self.rank, self.links, self.own = rank, links, own
-        self.statistics, self._open_link, self._trace = CallStatistics(), open_link, trace or Trace()
+        self.statistics, self._trace = CallStatistics(), trace or Trace()
         self._begun: dict[tuple[int, int, int], BegunCall] = {}
         self._early: dict[tuple[int, int, int], torch.Tensor] = {}  # (server, step, call) -> payload of a reply
 
@@ -110,13 +107,6 @@ class Exchange:
         """Tell a dedicated server what a micro-batch's plans are made from, and what they must come to; all trainers
         have left the micro-batches before `oldest`."""
         self.links[server].send(Header(PLAN, step, oldest, digest), [torch.from_numpy(inputs.to_words())])
-
-    def adopt(self, route: TrainerRoute, device: torch.device) -> TrainerRoute:
-        """A route that calls can follow: its links are open, its rows on `device`."""
-        for at in route.links:
-            if not self._is_own(at) and at.server not in self.links:
-                self.links[at.server] = self._open_link(at.server)
-        return on_device(route, device)
 
     def begin(self, route: TrainerRoute, header: Header, rows: list[torch.Tensor]) -> None:
         """Home rows out to the servers that read them, and the call on the list."""
@@ -216,7 +206,7 @@ class CoreAttention:
     step: int
     """Micro-batch number."""
     routes: dict[MaskRule, tuple[TrainerRoute, TrainerRoute]]
-    """Forward and backward, as `Exchange.adopt` gives them."""
+    """Forward and backward, with tensors for row numbers (`on_device`)."""
     _site: int = field(default_factory=itertools.count().__next__, init=False)
     _calls: itertools.count = field(default_factory=itertools.count, init=False)
     _pending: dict[int, Header] = field(default_factory=dict, init=False)

@@ -1,8 +1,7 @@
 """How do a trainer and an attention server talk?
 
-Over a link: a process group of exactly two, outside of every other group, so that a dead or hung peer closes this link
-and no other (in Gloo one time-out closes all pairs of its group). Each message is a header of fixed size, then one
-packed payload:
+Over a link, which a transport opens (see transport.py). Each message is a header of fixed size, then one packed
+payload:
 
     | header 160 B: kind, step, call, digest, shapes, scale, payload bytes, checksums | payload: tensors, each at 16 B |
 
@@ -37,7 +36,6 @@ HEADER = struct.Struct("<120sI36x")  # the fields, their checksum, room to grow:
 MAGIC = 0x44434131  # "DCA1"; the last byte is the version of this layout
 ALIGNMENT = 16
 FOREVER = timedelta(days=3650)
-OPENING = timedelta(minutes=10)  # for the other end to come; the driver gives up earlier
 MAX_IN_FLIGHT = 8  # sent messages whose buffers are kept; a peer that is this far behind makes the sender wait
 
 
@@ -109,7 +107,19 @@ class Rows(NamedTuple):
     """Some rows of a tensor, to be sent: they are gathered where the message is written."""
 
     of: torch.Tensor  # (T, ...)
-    index: torch.Tensor | None  # (N,) int64; None is all of them
+    index: torch.Tensor | None = None  # (N,) int64; None is all of them
+
+    @staticmethod
+    def all_of(x: torch.Tensor | Rows) -> Rows:
+        return x if isinstance(x, Rows) else Rows(x)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.of.shape if self.index is None else torch.Size((len(self.index), *self.of.shape[1:]))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape.numel() * self.of.element_size()
 
 
 class Link(Protocol):
@@ -125,23 +135,28 @@ class Link(Protocol):
         """Wait for the next message: its header and its payload, (bytes,) uint8. Raises LinkError."""
 
 
-def pack(tensors: Sequence[torch.Tensor | Rows]) -> torch.Tensor:
-    """Tensors end to end as bytes, each starting at a multiple of 16: (bytes,) uint8. Its inverse is `unpack`."""
-    rows = [x if isinstance(x, Rows) else Rows(x, None) for x in tensors]
-    shapes = [x.of.shape if x.index is None else (len(x.index), *x.of.shape[1:]) for x in rows]
-    sizes = [torch.Size(shape).numel() * x.of.element_size() for shape, x in zip(shapes, rows, strict=True)]
-    device = rows[0].of.device if rows else torch.device("cpu")
-    payload = torch.empty(sum(map(_padded, sizes)), dtype=torch.uint8, device=device)
+def packed_size(tensors: Sequence[torch.Tensor | Rows]) -> int:
+    """Bytes that `pack` makes of the tensors."""
+    return sum(_padded(x.num_bytes) for x in map(Rows.all_of, tensors))
+
+
+def pack(tensors: Sequence[torch.Tensor | Rows], out: torch.Tensor | None = None) -> torch.Tensor:
+    """Tensors end to end as bytes, each starting at a multiple of 16: (bytes,) uint8, written into `out` where that is
+    given. Its inverse is `unpack`."""
+    rows = [Rows.all_of(x) for x in tensors]
+    sizes = [_padded(x.num_bytes) for x in rows]
+    if out is None:
+        out = torch.empty(sum(sizes), dtype=torch.uint8, device=rows[0].of.device if rows else "cpu")
     gathered = []
-    for x, size, shape, part in zip(rows, sizes, shapes, payload.split([_padded(s) for s in sizes]), strict=True):
-        place = part[:size].view(x.of.dtype).view(shape)
+    for x, part in zip(rows, out.split(sizes), strict=True):
+        place = part[: x.num_bytes].view(x.of.dtype).view(x.shape)
         if x.index is None:
             place.copy_(x.of)
         else:
             gathered.append(Part(x.of, x.index, place))
-        part[size:] = 0
+        part[x.num_bytes :] = 0
     gather(gathered)
-    return payload
+    return out
 
 
 def unpack(payload: torch.Tensor, like: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
@@ -162,66 +177,75 @@ def checksum(payload: torch.Tensor) -> int:
     return int(payload.view(torch.int32).sum(dtype=torch.int64))
 
 
+def seal(header: Header, payload: torch.Tensor) -> Header:
+    """The header with what it says of its payload."""
+    return replace(header, payload_bytes=payload.numel(), checksum=checksum(payload))
+
+
+def check_payload(header: Header, payload: torch.Tensor) -> None:
+    """Raise Damaged where the payload is not what the header was sealed with."""
+    if checksum(payload) != header.checksum:
+        raise Damaged(f"a {KIND_NAMES.get(header.kind)} message arrived damaged (checksum)")
+
+
 class GroupLink:
-    """A link over a two-rank process group: Gloo for headers, Gloo or NCCL for payloads.
+    """A link over a process group: headers go over Gloo; payloads too, or over NCCL.
 
     Only the end with a finite deadline gives up on its peer; a server waits for work for ever, and learns of a
-    trainer's death because the connection breaks. Several threads may send, one may wait for messages."""
+    trainer's death because the connection breaks. Several threads may send, one may wait for messages.
+
+    `nccl` is one group for payloads out and one for payloads in: NCCL runs what is posted to a communicator in the
+    order of posting, so two ends that sent to each other over the same one would each wait for the other to receive.
+    """
 
     def __init__(
         self,
-        store: dist.Store,
         name: str,
-        end: int,
-        address: str,
+        headers: dist.ProcessGroup,
+        peer: int,
         deadline_s: float | None,
         device: torch.device,
-        nccl: bool = False,
+        tag: int = 0,
+        nccl: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     ):
-        self._peer, self._device, self._nccl = 1 - end, device, nccl
         self.name, self.bytes_sent, self.bytes_received = name, 0, 0
+        self._headers, self._peer, self._device, self._tag = headers, peer, device, tag
+        self._payloads_out, self._payloads_in = nccl or (headers, headers)
+        self._payload_device = device if nccl else torch.device("cpu")
         self._timeout = timedelta(seconds=deadline_s) if deadline_s else FOREVER
-        try:
-            self._headers = _gloo(dist.PrefixStore(f"link/{name}", store), end, address)
-        except RuntimeError as error:
-            raise LinkError(f"link {name}: cannot be opened: {_first_line(error)}") from None
-        self._payloads = (
-            _nccl(dist.PrefixStore(f"link/{name}/nccl", store), end, self._timeout) if nccl else self._headers
-        )
         self._sending, self._counting = threading.Lock(), threading.Lock()
         self._in_flight: deque[tuple[list, tuple]] = deque()  # works and buffers of messages that may not have arrived
         self._num_freed = self._num_received = 0
 
-    def send(self, header: Header, tensors: Sequence[torch.Tensor] = ()) -> None:
-        payload = pack(tensors).to(self._device if self._nccl else "cpu")
-        header = replace(header, payload_bytes=payload.numel(), checksum=checksum(payload))
+    def send(self, header: Header, tensors: Sequence[torch.Tensor | Rows] = ()) -> None:
+        payload = pack(tensors).to(self._payload_device)
+        header = seal(header, payload)
         with self._sending:  # a header and its payload stay together
             head = replace(header, received=self._num_received).pack()
             try:
                 self._wait_arrived(self._num_freed + len(self._in_flight) - MAX_IN_FLIGHT + 1)
-                works = [self._headers.send([head], self._peer, 0)]
+                works = [self._headers.send([head], self._peer, self._tag)]
                 if payload.numel():
-                    works.append(self._payloads.send([payload], self._peer, 1))
+                    works.append(self._payloads_out.send([payload], self._peer, self._tag + 1))
             except RuntimeError as error:
-                raise LinkError(f"link {self.name}: cannot send: {_first_line(error)}") from None
+                raise LinkError(f"link {self.name}: cannot send: {first_line(error)}") from None
             self._in_flight.append((works, (head, payload)))
             self.bytes_sent += head.numel() + payload.numel()
 
     def wait_message(self) -> tuple[Header, torch.Tensor]:
         try:
             head = torch.empty(HEADER.size, dtype=torch.uint8)
-            self._headers.recv([head], self._peer, 0).wait(self._timeout)
+            self._headers.recv([head], self._peer, self._tag).wait(self._timeout)
             header = Header.unpack(head)
-            payload = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._device if self._nccl else "cpu")
+            payload = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._payload_device)
             if header.payload_bytes:
-                self._payloads.recv([payload], self._peer, 1).wait(self._timeout)
+                self._payloads_in.recv([payload], self._peer, self._tag + 1).wait(self._timeout)
             self._wait_arrived(header.received)
+            check_payload(header, payload)
         except Damaged as error:
             raise Damaged(f"link {self.name}: {error}") from None
         except RuntimeError as error:
-            raise LinkError(f"link {self.name}: no message: {_first_line(error)}") from None
-        if checksum(payload) != header.checksum:
-            raise Damaged(f"link {self.name}: a {KIND_NAMES.get(header.kind)} message arrived damaged (checksum)")
+            raise LinkError(f"link {self.name}: no message: {first_line(error)}") from None
         self._num_received += 1
         self.bytes_received += head.numel() + payload.numel()
         return header, payload.to(self._device)
@@ -252,7 +276,7 @@ class LocalLink:
         there, back = queue.SimpleQueue(), queue.SimpleQueue()
         return LocalLink(back, there, deadline_s), LocalLink(there, back)
 
-    def send(self, header: Header, tensors: Sequence[torch.Tensor] = ()) -> None:
+    def send(self, header: Header, tensors: Sequence[torch.Tensor | Rows] = ()) -> None:
         payload = pack(tensors)
         self._outbox.put((replace(header, payload_bytes=payload.numel()), payload))
 
@@ -263,22 +287,9 @@ class LocalLink:
             raise LinkError(f"no message within {self._deadline_s:g} s") from None
 
 
-def _gloo(store: dist.Store, end: int, address: str) -> dist.ProcessGroupGloo:
-    options = dist.ProcessGroupGloo._Options()
-    options._timeout, options._threads = OPENING, 1
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-    return dist.ProcessGroupGloo(store, end, 2, options)
-
-
-def _nccl(store: dist.Store, end: int, timeout: timedelta) -> dist.ProcessGroup:
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return dist.ProcessGroupNCCL(store, end, 2, options)
-
-
 def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200]

@@ -85,14 +85,14 @@ class AttentionServer:
         backend: str,
         device: torch.device,
         rank: int | None = None,
-        open_link: Callable[[int], Link] | None = None,
+        meet: Callable[[set[int]], None] | None = None,
         deadline_s: float | None = None,
         trace: Trace | None = None,
     ):
-        """`open_link(rank)` gives the link to a trainer that a plan names for the first time. In place, rows of other
-        trainers are awaited for `deadline_s`."""
+        """`meet(ranks)` is called before a plan is followed that names trainers for the first time: it opens links and
+        calls `serve`. In place, rows of other trainers are awaited for `deadline_s`."""
         self.number, self.rank = number, rank
-        self._backend, self._device, self._open_link, self._deadline_s = backend, device, open_link, deadline_s
+        self._backend, self._device, self._meet, self._deadline_s = backend, device, meet, deadline_s
         self._trace = trace or Trace()
         self._links: dict[int, Link] = {}
         self._changed = threading.Condition()  # guards the state below; nothing slow happens under it
@@ -122,9 +122,9 @@ class AttentionServer:
     def adopt(self, step: int, routes: Routes, oldest: int) -> None:
         """Follow these routes in micro-batch `step`; those before `oldest` are over for all trainers."""
         routes = {window: tuple(on_device(r, self._device) for r in both) for window, both in routes.items()}
-        for rank in sorted({at.rank for both in routes.values() for route in both for at in route.links}):
-            if rank != self.rank and rank not in self._links:
-                self.serve(rank, self._open_link(rank))
+        named = {at.rank for both in routes.values() for route in both for at in route.links}
+        if strangers := named - self._links.keys() - {self.rank}:
+            self._meet(strangers)
         with self._changed:
             self._routes[step], self._oldest = routes, max(self._oldest, oldest)
             self._routes = {n: routes for n, routes in self._routes.items() if n >= self._oldest}

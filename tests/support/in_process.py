@@ -9,6 +9,7 @@ from distca.arrays import ranges
 from distca.masks import MaskRule
 from distca.parallel.core_attention import CoreAttention, Exchange
 from distca.parallel.link import LocalLink
+from distca.parallel.rows import on_device
 from distca.parallel.server import AttentionServer
 from distca.plan import PlanInputs, combined_digest
 from distca.planner import plan_directions
@@ -57,9 +58,7 @@ def attention_of_ranks(exchanges, inputs: PlanInputs, step=0, oldest=0):
         if exchange.own:
             mine = {rule.window: tuple(r.of_server(exchange.own.number) for r in both) for rule, both in routes.items()}
             exchange.own.adopt(step, mine, oldest)
-        mine = {
-            rule: tuple(exchange.adopt(r.of_trainer(exchange.rank), CPU) for r in both) for rule, both in routes.items()
-        }
+        mine = {rule: tuple(on_device(r.of_trainer(exchange.rank), CPU) for r in both) for rule, both in routes.items()}
         sites.append(CoreAttention(exchange, step, mine))
     return Sites(sites, tokens)
 
