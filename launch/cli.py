@@ -228,6 +228,11 @@ class Plan:
             if len(directions) > 1:
                 console.print(f"\n[bold]{name}[/]")
             console.print(result.table())
+        if self.run:
+            from distca.launch.plan_inputs import overlap_of_run
+
+            told = overlap_of_run(load_settings(self.run, overrides), inputs.lengths)
+            console.print(f"[bold]overlap[/] {escape(told)}", highlight=False)
         if self.plot:
             directions[0].plot(self.plot)
         if self.json:

@@ -6,14 +6,13 @@ from __future__ import annotations
 import os
 
 import torch
-from transformers import PretrainedConfig
 
 from distca.config import RunSettings
 from distca.cost import PICOSECONDS, AttentionShape
 from distca.kernels.merge import statistics_dtype
 from distca.overlap import Decision, Outlook
 from distca.parallel.attach import AttentionCall
-from distca.parallel.models import activation_bytes, num_matrix_weights
+from distca.parallel.models import PretrainedConfig, activation_bytes, num_matrix_weights
 from distca.parallel.precision import DTYPES
 from distca.payoff import predicted
 from distca.plan import PlanInputs

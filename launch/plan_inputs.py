@@ -3,18 +3,46 @@ it."""
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+
 from distca.config import RunSettings
 from distca.cost import AttentionShape
 from distca.hardware import costs_of, wires_of
 from distca.launch.data import Corpus, DocumentStream
+from distca.launch.outlook import describe_overlap, outlook_of, shape_of
 from distca.launch.prepare import prepare
 from distca.launch.runs import absolute_paths
 from distca.launch.server import pool_of
 from distca.masks import MaskRule
 from distca.order import Cursor
+from distca.overlap import decide
 from distca.parallel.models import layers_of, read_config
 from distca.parallel.precision import DTYPES
 from distca.plan import MILLION, PlanInputs
+
+
+def overlap_of_run(settings: RunSettings, lengths: np.ndarray) -> str:
+    """Whether a run on this machine would overlap two nano-batches, why, and what memory that takes."""
+    m, planner, precision = settings.model, settings.planner, DTYPES[settings.train.precision]
+    config = read_config(m.path, m.config, m.revision)
+    calls = layers_of(config)
+    inputs = PlanInputs(
+        lengths,
+        tuple(sorted({call.rule for call in calls})),
+        settings.parallel.trainers,
+        pool_of(settings),
+        round(planner.tolerance * MILLION),
+        planner.block,
+        max(call.query_heads // call.kv_heads for call in calls),
+        costs_of(planner),
+        wires_of(planner, shape_of(calls[0], precision)),
+    )
+    parallel, asked = settings.parallel, settings.parallel.device
+    enough = torch.cuda.device_count() >= parallel.trainers + parallel.servers
+    device = ("cuda" if enough else "cpu") if asked == "auto" else asked
+    decision = decide(parallel.overlap, outlook_of(settings, inputs, calls, config, device))
+    return describe_overlap(settings, decision, config)
 
 
 def inputs_of_run(settings: RunSettings, micro_batch: int) -> PlanInputs:

@@ -9,6 +9,8 @@ from hardware_tables import write_hardware
 from interpreter import interpreted
 from team import Team, make_settings, verified
 
+from distca.order import Cursor
+
 pytestmark = pytest.mark.slow
 
 AWKWARD = [1, 7, 127, 129, 698, 6, 2, 190, 40]  # 1200 tokens, for 1, 2 and 3 trainers
@@ -102,6 +104,54 @@ def test_activation_checkpointing(tmp_path, zero_stage):
         assert_passed(team.verify())
         (report, _rss) = team.ask(team.servers, "take_report")[0]
     assert report.calls == 4, "two layers, forward and backward: attention is not repeated"
+
+
+OVERLAPS = {  # accumulation, ZeRO stage, pool, precision
+    "in place": (1, 0, dict(servers=0), "fp32"),
+    "dedicated, two micro-batches": (2, 3, dict(servers=2, trainers_serve=False), "fp32"),
+    "mixed, an odd micro-batch": (3, 2, dict(servers=1), "fp32"),
+    "three trainers": (1, 1, dict(servers=1, trainers=3), "fp64"),
+    "dedicated, odd": (3, 1, dict(servers=1, trainers_serve=False), "fp64"),
+}
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "zero_stage", "pool", "precision", "checkpointing"),
+    [(*case, recomputed) for case in OVERLAPS.values() for recomputed in (False, True)[: 2 - (case[3] == "fp64")]],
+)
+def test_two_nano_batches_at_once(tmp_path, accumulation, zero_stage, pool, precision, checkpointing):
+    """Pairs of micro-batches, and documents of one in two groups whose tokens no rank can share equally."""
+    parallel = dict(trainers=2, overlap="on", zero_stage=zero_stage) | pool
+    train = dict(accumulation=accumulation, precision=precision)
+    settings = make_settings(tmp_path, AWKWARD, parallel=parallel, train=train)
+    model = settings.model.model_copy(update={"activation_checkpointing": checkpointing})
+    assert_passed(verified(settings.model_copy(update={"model": model})))
+
+
+@pytest.mark.parametrize("lengths", [[1200], [1100, 100], [3, 1197]], ids=str)
+def test_overlap_with_one_document_of_nearly_all_tokens(tmp_path, lengths):
+    """Nothing to divide: the pass is one nano-batch on every rank."""
+    parallel = dict(trainers=3, servers=1, trainers_serve=False, overlap="on")
+    assert_passed(verify(tmp_path, lengths, parallel=parallel))
+
+
+def test_a_server_without_work_in_one_of_two_nano_batches(tmp_path):
+    parallel = dict(trainers=2, servers=3, trainers_serve=False, overlap="on")
+    assert_passed(verify(tmp_path, [1] * 100 + [100], parallel=parallel, planner=dict(block=128)))
+
+
+def test_steps_with_overlap_have_the_same_losses_every_time_and_nearly_those_without(tmp_path):
+    def losses(overlap):
+        settings = make_settings(
+            tmp_path, AWKWARD, parallel=dict(trainers=2, servers=1, overlap=overlap), train=dict(accumulation=3)
+        )
+        with Team(settings) as team:
+            team.ask(team.trainers, "seek", 1, Cursor())
+            return team.losses(4)
+
+    on, again, off = losses("on"), losses("on"), losses("off")
+    assert on == again
+    assert on == pytest.approx(off, rel=1e-5)
 
 
 @pytest.mark.parametrize(("model", "lengths"), [("llama", [1, 129, 250, 20]), ("mistral, window", [330, 70])])
