@@ -81,7 +81,7 @@ def plot(race: Race, path: Path) -> None:
     axes.set_xlim(0, 1.3 * most)
     label = "seconds a step (workers in brackets)"
     axes.set_xlabel(label + (f"; × faster than {rival.method.title}" if rival else ""), fontsize=11)
-    axes.set_title(race.title(), fontsize=10)
+    figure.suptitle(race.title(), fontsize=10)  # over the whole width, the axes are narrower
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 

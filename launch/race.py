@@ -84,8 +84,10 @@ def refusing(methods: Sequence[Method], query_heads: Sequence[int], lengths: Seq
     for method in methods:
         ranks, refusal = method.settings.parallel.trainers, None
         if method.is_baseline:
-            refuse = BASELINES[method.name].refusal
-            refusal = next(filter(None, (refuse(query_heads, held, ranks) for held in lengths)), None)
+            baseline = BASELINES[method.name]
+            refusal = next(filter(None, (baseline.refusal(query_heads, held, ranks) for held in lengths)), None)
+            if not refusal and any(len(set(baseline.layout(held, ranks).rank)) < ranks for held in lengths):
+                refusal = "there are fewer documents than trainers"  # models of Transformers want a row at least
         found.append(Method(method.name, method.settings, refusal))
     return found
 

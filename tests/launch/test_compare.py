@@ -49,10 +49,10 @@ def raced(settings, steps=2):
     [
         ((60, 20, 40, 7, 1), {}),
         ((600, 200, 40, 8), {"parallel": ONE_OF_EACH | {"zero_stage": 3}}),
-        ((128,), {"model": {"num_key_value_heads": 8}}),
+        ((64, 64), {"model": {"num_key_value_heads": 8}}),
         ((60, 20, 41, 7), {"train": {"tokens_per_step": 128, "accumulation": 2}}),
     ],
-    ids=["short", "ZeRO 3 and a document that is cut", "a rank without documents", "accumulation"],
+    ids=["short", "ZeRO 3 and a document that is cut", "as many key/value heads as query heads", "accumulation"],
 )
 def test_every_method_computes_the_same_step_and_changes_no_weight(tmp_path, lengths, sections):
     """The documents are one epoch, so every step has the same loss if the weights stay what they are."""
@@ -102,6 +102,8 @@ def test_what_a_method_cannot_do_is_said_and_the_others_race_on(tmp_path):
     assert found.pop("local") == "a document of 100 tokens is longer than a rank holds (64)"
     assert found.pop("ulysses") == "7 query heads cannot be shared out evenly over 2 trainers"
     assert set(found.values()) == {None}
+    few = {m.name: m.refusal for m in refusing(methods, [8], [np.array([2])])}
+    assert few["all-gather"] == "there are fewer documents than trainers" and few["ulysses"] is None
 
 
 def test_methods_take_turns_in_both_orders():
