@@ -268,10 +268,10 @@ def _flex(clock: _Clock, lengths: np.ndarray) -> tuple[float, float]:
 
 
 def _planned(lengths: np.ndarray) -> Bands:
-    """The tasks of one of eight servers that live on as many ranks of documents like these."""
+    """The tasks of one of eight attention servers for as many ranks of documents like these."""
     ranks, lengths = 8, np.tile(lengths, 8)
     lengths = np.append(lengths, -int(lengths.sum()) % ranks)
-    inputs = PlanInputs(lengths, (MaskRule(),), ranks, make_pool(ranks, 0, True), 10_000, TILE)
+    inputs = PlanInputs(lengths, (MaskRule(),), ranks, make_pool(ranks, ranks, False), 10_000, TILE)
     return routes_of(plan_step(inputs, MaskRule())).of_server(0).tasks
 
 

@@ -23,6 +23,7 @@ PLACES = {
     "torch": ["kernels", "parallel", "launch"],
     "torch.distributed": [
         *("parallel/baselines.py", "parallel/engine.py", "parallel/link.py"),
+        *("parallel/nixl_link.py", "parallel/transport.py"),
         *("launch/cluster.py", "launch/racer.py", "launch/server.py", "launch/trainer.py"),
     ],
     "torch.utils.tensorboard": ["launch/monitor.py"],
@@ -38,7 +39,10 @@ PLACES = {
     "pydantic": ["distca/config.py", "distca/hardware.py"],
     "yaml": ["distca/config.py", "distca/hardware.py"],
     "tyro": ["launch/cli.py"],
-    "rich": ["launch/cli.py", "launch/compare.py", "launch/measure.py", "launch/plan.py", "launch/train.py"],
+    "rich": [
+        *("launch/cli.py", "launch/compare.py", "launch/measure.py", "launch/measure_links.py"),
+        *("launch/plan.py", "launch/train.py"),
+    ],
 }
 
 
