@@ -39,6 +39,7 @@ class Lap:
 class BaselineBatch:
     """What one trainer needs for a micro-batch of a baseline."""
 
+    number: int
     attention: Baseline
     rows: Rows
     most_rows: int
@@ -61,7 +62,7 @@ class BaselineTrainer(Trainer):
         rows = self._stream.rows(pieces, own.document, own.start, own.end)
         nothing = PlanSummary(np.zeros(ranks, np.int64), np.zeros(0, np.int64), 0, 0, 0.0)
         most_rows = int(sum_by(segments.rank, segments.end - segments.start, ranks).max())
-        return BaselineBatch(attention, rows, most_rows, nothing)
+        return BaselineBatch(number, attention, rows, most_rows, nothing)
 
     def _attention(self, batch: BaselineBatch) -> Baseline:
         return batch.attention
