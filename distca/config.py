@@ -219,6 +219,10 @@ class ParallelSettings(Settings):
     """Share (percent) of a dedicated server's attention work that a serving trainer takes in a mixed pool."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed splits over trainers: 1 optimizer states, 2 and gradients, 3 and weights."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Run the model on two nano-batches in turns, so that a trainer computes one's layers while the other's attention
+    is at servers or on the wire: two micro-batches of a step, or an odd one's documents in two groups. `auto`: where
+    that is predicted to pay. Gradients are the same up to rounding."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where workers compute; `auto` takes GPUs if there are enough for every worker."""
     threads: PositiveInt = 1
@@ -227,6 +231,12 @@ class ParallelSettings(Settings):
     """Seconds a trainer waits for one attention call before it gives the server up."""
     start_timeout_s: float = Field(120.0, gt=0, allow_inf_nan=False)
     """Seconds to wait for the cluster's resources and for workers to come up."""
+
+    @field_validator("overlap", mode="before")
+    @classmethod
+    def _on_and_off(cls, value: Any) -> Any:
+        """YAML reads on and off as true and false."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _somebody_serves(self) -> ParallelSettings:

@@ -1,7 +1,8 @@
 """Which rank holds which rows?
 
-Every rank holds the same number of rows. Which documents lie where is free: their order inside one optimizer step does
-not change the gradient. So documents are placed where their attention is cheap to share out, longest first:
+Every rank holds the same number of rows, up to one. Which documents lie where is free: their order inside one
+optimizer step does not change the gradient. So documents are placed where their attention is cheap to share out,
+longest first:
 
     rank 0   | A rows 0..    |  x  x  x  x |   A     *stripes*: a document of many servers' work is cut into fewer
     rank 1   | A rows 16K..  |  x  x  x  x |         stripes than servers will work on it, each on the rank with
@@ -125,6 +126,11 @@ def split_ranks(homes: Segments, num_ranks: int, rows: int) -> Segments:
     row = homes.row[index] + skipped - rank_in_home * rows
     end = np.minimum(homes.end[index], start + rows - row)
     return Segments(homes.document[index], start, end, homes.rank[index] * num_ranks + rank_in_home, row)
+
+
+def equal_rows(total: int, num_ranks: int) -> np.ndarray:
+    """(ranks,) int64: `total` rows shared out as evenly as possible."""
+    return np.diff(np.arange(num_ranks + 1) * total // num_ranks)
 
 
 def num_stripes(work: int, share: int) -> int:

@@ -53,7 +53,7 @@ from distca.cost import Cost, PairCost
 from distca.leveling import level
 from distca.masks import Bands, Mask, MaskRule, crop, join, mask_of, tighten
 from distca.payoff import fastest
-from distca.placement import Segments, place_in_neighbourhoods, split_ranks
+from distca.placement import Segments, equal_rows, place_in_neighbourhoods, split_ranks
 from distca.plan import MILLION, Plan, PlanInputs, Pool, bands_in, limits, shares
 
 NOBODY = -1  # inside this file: no server
@@ -120,16 +120,17 @@ def _joined_neighbourhoods(pool: Pool, work: np.ndarray) -> Pool:
 def _homes(lengths, work, inputs: PlanInputs) -> tuple[Segments, Segments, np.ndarray]:
     """Where rows lie, where planning starts from, and the server there or NOBODY: (segments,), (homes,), (homes,)."""
     pool, num_homes, total_rows = inputs.pool, inputs.num_ranks // inputs.pool.ranks_per_home, int(lengths.sum())
-    rows, how = np.full(num_homes, total_rows // num_homes), (inputs.group, inputs.block, pool.neighbourhoods)
+    rows, how = equal_rows(total_rows, num_homes), (inputs.group, inputs.block, pool.neighbourhoods)
     homes = place_in_neighbourhoods(lengths, work, _home_shares(pool, num_homes, int(work.sum())), rows, *how)
-    segments = (
-        split_ranks(homes, pool.ranks_per_home, total_rows // inputs.num_ranks) if pool.ranks_per_home > 1 else homes
-    )
+    segments = homes
+    if pool.ranks_per_home > 1:
+        assert total_rows % inputs.num_ranks == 0, f"{total_rows} rows for {inputs.num_ranks} ranks in groups"
+        segments = split_ranks(homes, pool.ranks_per_home, total_rows // inputs.num_ranks)
     if any(home is not None for home in pool.home):
         return segments, homes, _home_servers(homes.rank, pool, num_homes)
     # no rows lie on a server: place documents once more, as if they did
-    spread = np.diff(np.arange(len(pool) + 1) * total_rows // len(pool))
-    homes = place_in_neighbourhoods(lengths, work, shares(int(work.sum()), pool), spread, *how)
+    rows = equal_rows(total_rows, len(pool))
+    homes = place_in_neighbourhoods(lengths, work, shares(int(work.sum()), pool), rows, *how)
     return segments, homes, homes.rank
 
 

@@ -39,6 +39,7 @@ from distca.launch.cluster import (
 )
 from distca.launch.data import Corpus, first_step_with_targets
 from distca.launch.monitor import Monitor
+from distca.launch.outlook import shape_of
 from distca.launch.prepare import prepare
 from distca.launch.publish import Published, newest, prune, publishing, steps_published
 from distca.launch.runs import (
@@ -57,7 +58,7 @@ from distca.launch.runs import (
 )
 from distca.launch.server import DedicatedServer, Meeting, backend_of, pool_of
 from distca.launch.stop import finishing
-from distca.launch.trainer import PlanSummary, Trainer, TrainerReport, shape_of
+from distca.launch.trainer import PlanSummary, Trainer, TrainerReport
 from distca.launch.unforeseen import in_words
 from distca.launch.verify import Comparison
 from distca.metrics import StepRecord
@@ -413,6 +414,7 @@ def _describe(settings: RunSettings, team: Team, documents: tuple[Path, ...], co
         f"{settings.tokens_per_rank:,} x {settings.accumulation} micro-batches",
         "attention": f"{', '.join(map(str, serving))}; back end {settings.kernels.backend}, ZeRO stage "
         f"{settings.parallel.zero_stage}, {settings.train.precision}",
+        "overlap": told["overlap"],
     }
     for name, text in facts.items():
         console.print(f"[bold]{name:10}[/] {escape(text)}", highlight=False)

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -21,16 +21,16 @@ import torch
 import torch.distributed as dist
 
 from distca.config import RunSettings
-from distca.cost import AttentionShape
 from distca.hardware import costs_of, wires_of
-from distca.kernels.merge import statistics_dtype
 from distca.launch.cluster import LOOPBACK, connect_store
 from distca.launch.data import Corpus, DocumentStream, Rows
+from distca.launch.outlook import describe_overlap, outlook_of, shape_of
 from distca.launch.server import Meeting, backend_of, meetings, open_link, pool_of, rss_mib
 from distca.launch.verify import Comparison, Document, compare_with_one_device
 from distca.masks import MaskRule
 from distca.order import Cursor, Pieces
-from distca.parallel.attach import AttentionCall, PackedCausalLM, checkpoint_activations, probe
+from distca.overlap import Decision, decide, halves, num_passes
+from distca.parallel.attach import StrandedCausalLM, checkpoint_activations, probe
 from distca.parallel.core_attention import CallStatistics, CoreAttention, Exchange
 from distca.parallel.engine import DTYPES, Engine, PlainEngine
 from distca.parallel.models import build_model, read_config
@@ -62,9 +62,12 @@ class PlanSummary:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one trainer needs for a micro-batch."""
+    """What one trainer needs for a micro-batch, or a nano-batch of its documents."""
 
     number: int
+    """Even for the first of a pass, one more for the second."""
+    most_rows: int
+    """Of a rank."""
     routes: dict[MaskRule, tuple[TrainerRoute, TrainerRoute]]  # forward and backward
     rows: Rows
     summary: PlanSummary
@@ -72,11 +75,12 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """A step's micro-batches, planned only if there is anything to learn."""
+    """A step's passes, planned only if there is anything to learn."""
 
     step: int
     pieces: list[Pieces]
-    micro_batches: list[MicroBatch]
+    passes: list[tuple[MicroBatch, ...]]
+    """What one backward each is about: a nano-batch, or two that take turns."""
     targets: int
     cursor: Cursor
     """Where the next step begins."""
@@ -120,9 +124,9 @@ class Trainer:
         )
 
         m = settings.model
-        config = read_config(m.path, m.config, m.revision)
+        self._config = config = read_config(m.path, m.config, m.revision)
         self._stream = DocumentStream(Corpus(documents), settings.data, settings.seed, settings.tokens_per_micro_batch)
-        self._module = PackedCausalLM(
+        self._module = StrandedCausalLM(
             build_model(config, m.path, m.revision, DTYPES[settings.train.precision], settings.seed),
             settings.train.loss_chunk,
         )
@@ -133,6 +137,7 @@ class Trainer:
         if m.activation_checkpointing:
             checkpoint_activations(self._module.model)
         self._module.train()
+        self._overlap = self._decide_overlap()
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="plan-ahead")
         self._next: Future[StepBatch] | None = None
         self._server: AttentionServer | None = None
@@ -160,7 +165,8 @@ class Trainer:
         dedicated = [server for server, rank in enumerate(home) if rank is None]
         self._announces_to = dedicated[self._rank :: parallel.trainers]  # one trainer is enough
         kind = PlainEngine if self._settings.train.precision == "fp64" else Engine
-        self._engine = kind(self._module, self._settings, self._device)
+        passes = num_passes(self._settings.accumulation, self._overlap.on)
+        self._engine = kind(self._module, self._settings, self._device, passes)
 
     def load(self, folder: Path) -> None:
         self._engine.load(folder)
@@ -187,8 +193,8 @@ class Trainer:
         torch.manual_seed(int(random_state[0]))  # random layers resume exactly
         summed_loss, train = 0.0, self._settings.train
         rate = learning_rate(train.schedule, train.optimizer.learning_rate, batch.step, train.steps)
-        for micro_batch in batch.micro_batches:
-            summed_loss += self._forward_backward(micro_batch, batch.targets)
+        for nano_batches in batch.passes:
+            summed_loss += self._forward_backward(nano_batches, batch.targets)
             self._engine.step(rate)
         return self._report(batch, summed_loss, rate, data_wait_s)
 
@@ -207,9 +213,9 @@ class Trainer:
     def _gradients(self, batch: StepBatch) -> tuple[float, dict[str, torch.Tensor]]:
         """The step's mean loss and whole gradients, which are not applied."""
         summed_loss = 0.0
-        for number, micro_batch in enumerate(batch.micro_batches):
-            summed_loss += self._forward_backward(micro_batch, batch.targets)
-            if number < len(batch.micro_batches) - 1 and isinstance(self._engine, Engine):
+        for number, nano_batches in enumerate(batch.passes):
+            summed_loss += self._forward_backward(nano_batches, batch.targets)
+            if number < len(batch.passes) - 1 and isinstance(self._engine, Engine):
                 self._engine.step(0.0)  # only the last one would update
         gradients = self._engine.full_gradients()
         total = torch.tensor(summed_loss, dtype=torch.float64)
@@ -217,15 +223,29 @@ class Trainer:
         return float(total) / batch.targets, gradients
 
     def describe(self) -> dict:
-        """For the start of a run: parameters, layers and the masks they ask for."""
+        """For the start of a run: parameters, layers and the masks they ask for, overlap."""
         layers = {str(rule): sum(call.rule == rule for call in self._calls) for rule in self._rules}
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self._module.parameters())
-        return dict(parameters=parameters, layers=layers)
+        overlap = describe_overlap(self._settings, self._overlap, self._config)
+        return dict(parameters=parameters, layers=layers, overlap=overlap)
 
-    def _forward_backward(self, micro_batch: MicroBatch, targets: int) -> float:
-        attention = CoreAttention(self._exchange, micro_batch.number, micro_batch.routes)
-        rows = [torch.from_numpy(x).to(self._device) for x in micro_batch.rows]
-        summed_loss = self._engine.forward(input_ids=rows[0], position_ids=rows[1], labels=rows[2], distca=attention)
+    def _decide_overlap(self) -> Decision:
+        """Rank 0's decision: machines may differ in what they have."""
+        pieces, _ = self._stream.pieces(Cursor())
+        inputs, asked = self._inputs(pieces.lengths), self._settings.parallel.overlap
+        decision = decide(asked, outlook_of(self._settings, inputs, self._calls, self._config, self._device.type))
+        on = torch.tensor([decision.on], dtype=torch.int32, device=self._device)
+        dist.broadcast(on, 0)
+        return replace(decision, on=bool(on))
+
+    def _forward_backward(self, nano_batches: tuple[MicroBatch, ...], targets: int) -> float:
+        inputs = []
+        for nano_batch in nano_batches:
+            attention = CoreAttention(self._exchange, nano_batch.number, nano_batch.routes)
+            rows = [torch.from_numpy(x).to(self._device) for x in nano_batch.rows]
+            names = dict(zip(("input_ids", "position_ids", "labels"), rows, strict=True))
+            inputs.append(names | dict(distca=attention, most_rows=nano_batch.most_rows))
+        summed_loss = self._engine.forward(inputs)
         self._engine.backward(summed_loss, targets)
         return float(summed_loss.detach())
 
@@ -233,18 +253,35 @@ class Trainer:
         """Lengths, plans, routes and rows of a step, on the host thread; servers get to know the plans here."""
         pieces, cursor = self._stream.step(cursor, self._settings.accumulation)
         targets = sum(map(self._stream.num_targets, pieces))
-        start, accumulation = time.perf_counter(), self._settings.accumulation
-        first = (step - 1) * accumulation
-        oldest = max(0, first - accumulation)  # while this step is prepared, the one before it may run
-        micro_batches = [self._plan(first + number, p, oldest) for number, p in enumerate(pieces)] if targets else []
-        return StepBatch(step, pieces, micro_batches, targets, cursor, time.perf_counter() - start)
+        start = time.perf_counter()
+        passes = self._passes(step, pieces) if targets else []
+        return StepBatch(step, pieces, passes, targets, cursor, time.perf_counter() - start)
 
-    def _plan(self, number: int, pieces: Pieces, oldest: int) -> MicroBatch:
+    def _passes(self, step: int, pieces: list[Pieces]) -> list[tuple[MicroBatch, ...]]:
+        """The step's micro-batches in pairs where they overlap, an odd one's documents in two groups."""
+        if not self._overlap.on:
+            of_passes = [[p] for p in pieces]
+        else:
+            of_passes = [pieces[i : i + 2] for i in range(0, len(pieces), 2)]
+            if len(of_passes[-1]) == 1:
+                (odd,) = of_passes[-1]
+                of_passes[-1] = [odd[group] for group in halves(odd.lengths, self._settings.parallel.trainers)]
+        first = (step - 1) * len(of_passes)
+        oldest = max(0, 2 * (first - len(of_passes)))  # while this step is prepared, the one before it may run
+        return [
+            tuple(self._plan(2 * (first + number) + part, p, oldest) for part, p in enumerate(parts))
+            for number, parts in enumerate(of_passes)
+        ]
+
+    def _inputs(self, lengths: np.ndarray) -> PlanInputs:
         planner, trainers = self._settings.planner, self._settings.parallel.trainers
         tolerance, group = round(planner.tolerance * MILLION), max(c.query_heads // c.kv_heads for c in self._calls)
-        inputs = PlanInputs(
-            pieces.lengths, self._rules, trainers, self._pool, tolerance, planner.block, group, self._costs, self._wires
+        return PlanInputs(
+            lengths, self._rules, trainers, self._pool, tolerance, planner.block, group, self._costs, self._wires
         )
+
+    def _plan(self, number: int, pieces: Pieces, oldest: int) -> MicroBatch:
+        inputs, trainers = self._inputs(pieces.lengths), self._settings.parallel.trainers
         plans = {rule: plan_directions(inputs, rule) for rule in self._rules}
         routes = {plan: routes_of(plan) for both in plans.values() for plan in both}
         digest = combined_digest([routes[plan].digest for both in plans.values() for plan in both])
@@ -268,13 +305,14 @@ class Trainer:
         summary = PlanSummary(load_at_home, load, sum(len(plan.server) for plan in routes), moved)
         return MicroBatch(
             number,
+            -(-int(pieces.lengths.sum()) // trainers),
             {rule: tuple(my_routes[plan] for plan in both) for rule, both in plans.items()},
             rows,
             summary,
         )
 
     def _report(self, batch: StepBatch, summed_loss: float, rate: float, data_wait_s: float) -> TrainerReport:
-        plans = [micro_batch.summary for micro_batch in batch.micro_batches]
+        plans = [nano_batch.summary for nano_batches in batch.passes for nano_batch in nano_batches]
         return TrainerReport(
             summed_loss=summed_loss,
             targets=batch.targets,
@@ -290,13 +328,6 @@ class Trainer:
             server=self._server.take_report() if self._server else None,
             rss_mib=rss_mib(),
         )
-
-
-def shape_of(call: AttentionCall, dtype: torch.dtype) -> AttentionShape:
-    """What a layer's rows cost on the wire."""
-    return AttentionShape(
-        call.query_heads, call.kv_heads, call.head_dim, dtype.itemsize, statistics_dtype(dtype).itemsize
-    )
 
 
 def _places(pieces: Pieces):

@@ -13,10 +13,11 @@ document must come out as from the stock model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from distca.errors import Unsupported
 from distca.kernels.attention import attend
 from distca.masks import Bands, MaskRule, bands_of
+from distca.parallel.strands import run_strands
 
 # Shape suffixes: T packed rows, H query heads, G key/value heads, D head size, V vocabulary.
 
@@ -173,15 +175,23 @@ class PackedCausalLM(torch.nn.Module):
         self.model, self.loss_chunk = model, loss_chunk
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor, distca: Callable
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor,
+        distca: Callable,
+        most_rows: int = 0,
     ) -> torch.Tensor:
         """(T,) token ids, positions and next tokens (-100: none) -> sum of cross entropies, fp32 (fp64 for an fp64
         model).
 
-        Logits exist for `loss_chunk` rows at a time, forward and backward."""
+        Logits exist for `loss_chunk` rows at a time, forward and backward. `most_rows` is T of the rank that has most:
+        under ZeRO 3 all ranks must call the head equally often, some of them perhaps for no row."""
         hidden_TD = self.hidden(input_ids, position_ids, distca)
         total = hidden_TD.new_zeros((), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
-        for hidden, target in zip(hidden_TD.split(self.loss_chunk), labels.split(self.loss_chunk), strict=True):
+        starts = range(0, max(1, most_rows, len(labels)), self.loss_chunk)
+        sizes = [max(0, min(self.loss_chunk, len(labels) - start)) for start in starts]
+        for hidden, target in zip(hidden_TD.split(sizes), labels.split(sizes), strict=True):
             total = total + checkpoint(self._loss, hidden, target, use_reentrant=False)
         return total
 
@@ -202,6 +212,19 @@ class PackedCausalLM(torch.nn.Module):
     def _loss(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         logits_TV = self.logits(hidden)
         return torch.nn.functional.cross_entropy(logits_TV, target, ignore_index=-100, reduction="sum")
+
+
+class StrandedCausalLM(PackedCausalLM):
+    """The same over one or more nano-batches, each on a strand of its own.
+
+    DeepSpeed enters it once: what it does around a forward, such as noting in which order ZeRO 3 needs the weights, is
+    about all strands together."""
+
+    def forward(self, nano_batches: Sequence[dict[str, Any]]) -> torch.Tensor:
+        """Arguments of `PackedCausalLM` for each -> their summed loss."""
+        losses = run_strands([partial(super(StrandedCausalLM, self).forward, **batch) for batch in nano_batches])
+        # one node, so that backward finds all strands' ends at once: in a chain of sums one would wait for another
+        return torch.stack(losses).sum()
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -245,14 +268,43 @@ def dry_run(model: PreTrainedModel) -> list[AttentionCall]:
         calls.append(AttentionCall(rule, scale, softcap, q_THD.shape[1], k_TGD.shape[1], q_THD.shape[2]))
         return torch.empty_like(q_THD)
 
-    ids = torch.zeros(1, PROBE_LENGTHS[0], dtype=torch.int64, device="meta")
-    # a padding mask of one length keeps Transformers from looking for packed documents, which meta tensors do not tell
-    everything = dict(attention_mask=torch.ones_like(ids), use_cache=False, distca=note)
     with torch.no_grad():
-        hidden = model.base_model(input_ids=ids, position_ids=ids, **everything).last_hidden_state[0]
-        PackedCausalLM(model, 1).logits(hidden)
+        PackedCausalLM(model, 1).logits(_meta_hidden(model, PROBE_LENGTHS[0], note))
     _refuse_odd_calls(model, calls)
     return calls
+
+
+def saved_bytes(model: PreTrainedModel, checkpointing: bool, tokens: int = 64) -> int:
+    """What each token leaves behind for backward in a model on the meta device (built for `CHECKED`), logits aside."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}  # storages, which many saved tensors may share
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    def attend(q_THD, k_TGD, v_TGD, *_):
+        out_THD = q_THD.clone()  # carries gradients on, like attention
+        statistics = q_THD.new_empty(q_THD.shape[:2], dtype=torch.promote_types(q_THD.dtype, torch.float32))
+        for tensor in (out_THD, statistics) if checkpointing else (q_THD, k_TGD, v_TGD, out_THD, statistics):
+            keep(tensor)
+        return out_THD
+
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _meta_hidden(model, tokens, attend)
+    return sum(s.nbytes() for s in kept.values()) // tokens
+
+
+def _meta_hidden(model: PreTrainedModel, tokens: int, attend: Callable) -> torch.Tensor:
+    """(T, hidden size) of a model on the meta device."""
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    # a padding mask of one length keeps Transformers from looking for packed documents, which meta tensors do not tell
+    everything = dict(attention_mask=torch.ones_like(ids), use_cache=False, distca=attend)
+    return model.base_model(input_ids=ids, position_ids=ids, **everything).last_hidden_state[0]
 
 
 def probe(model: PackedCausalLM, backend: str = "reference") -> list[AttentionCall]:

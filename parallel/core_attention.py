@@ -44,6 +44,7 @@ from distca.parallel.link import (
 )
 from distca.parallel.rows import on_device
 from distca.parallel.server import REQUEST_ROWS, AttentionServer, reply_shapes
+from distca.parallel.strands import hand_over
 from distca.plan import PlanInputs
 from distca.routes import ServerRows, TrainerRoute
 from distca.trace import Trace
@@ -94,6 +95,7 @@ class Exchange:
         self.rank, self.links, self.own = rank, links, own
         self.statistics, self._open_link, self._trace = CallStatistics(), open_link, trace or Trace()
         self._begun: dict[tuple[int, int, int], BegunCall] = {}
+        self._early: dict[tuple[int, int, int], torch.Tensor] = {}  # (server, step, call) -> payload of a reply
 
     def take_statistics(self) -> CallStatistics:
         """What happened since the last call of this method."""
@@ -168,16 +170,23 @@ class Exchange:
                 continue
             start = time.perf_counter()
             with self._trace.span("wait", header.name(), server=at.server):
-                reply, payload = self._wait_message(at.server)
+                payload = self._wait_reply(at.server, header)
             self.statistics.wait_s += time.perf_counter() - start
+            yield at, unpack(payload, reply_shapes(header, len(at.q_rows), len(at.kv_rows)))
+
+    def _wait_reply(self, server: int, header: Header) -> torch.Tensor:
+        """The server's answer to a call; those to other calls, which need fewer trainers' rows, may come before it."""
+        while (server, header.step, header.call) not in self._early:
+            reply, payload = self._wait_message(server)
             if reply.kind == FAILURE:
                 raise LinkError(payload.cpu().numpy().tobytes().rstrip(b"\0").decode())
-            if (reply.kind, reply.step, reply.call) != (REPLY, header.step, header.call):
+            if reply.kind != REPLY:
                 raise LinkError(
-                    f"rank {self.rank} waits for call {header.call} of micro-batch {header.step}, server {at.server} "
-                    f"answers {reply}"
+                    f"rank {self.rank} waits for call {header.call} of micro-batch {header.step}, server {server} "
+                    f"sends {reply}"
                 )
-            yield at, unpack(payload, reply_shapes(header, len(at.q_rows), len(at.kv_rows)))
+            self._early[server, reply.step, reply.call] = payload
+        return self._early.pop((server, header.step, header.call))
 
     def _wait_message(self, server: int):
         try:
@@ -219,6 +228,7 @@ class CoreAttention:
         """softmax(q k^T) v under `rule`, exact over documents that span ranks: (T, H, D)."""
         call = next(self._calls)
         token = begin(q_THD, k_TGD, v_TGD, self._site, call, rule.window, scale, softcap)
+        hand_over()
         out_THD, _lse = end(token, q_THD.detach(), k_TGD.detach(), v_TGD.detach(), self._site, call)
         return out_THD
 

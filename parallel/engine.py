@@ -59,11 +59,11 @@ def refuse_precision(settings: RunSettings) -> None:
 
 
 class Engine:
-    """A DeepSpeed engine around a module that returns a summed loss."""
+    """A DeepSpeed engine around a module that returns a summed loss; `passes` are the backwards of a step."""
 
-    def __init__(self, module: torch.nn.Module, settings: RunSettings, device: torch.device):
+    def __init__(self, module: torch.nn.Module, settings: RunSettings, device: torch.device, passes: int):
         _quieten(device)
-        train, self._settings = settings.train, settings
+        train, self._settings, self._passes = settings.train, settings, passes
         refuse_precision(settings)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         optimizer = torch.optim.AdamW(
@@ -73,28 +73,30 @@ class Engine:
             eps=train.optimizer.eps,
         )
         self.deepspeed, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, dist_init_required=False, config=_deepspeed_config(settings)
+            model=module, optimizer=optimizer, dist_init_required=False, config=_deepspeed_config(settings, passes)
         )
         self._gradient_norm: float | None = None
+        if settings.parallel.zero_stage == 3:
+            _release_after_each_backward(self.deepspeed)
         for (
             name,
             buffer,
         ) in self.deepspeed.module.named_buffers():  # DeepSpeed casts buffers too; rotary frequencies must not be
             buffer.data = buffers[name].to(buffer.device)
 
-    def forward(self, **batch) -> torch.Tensor:
-        return self.deepspeed(**batch)
+    def forward(self, nano_batches: list[dict]) -> torch.Tensor:
+        return self.deepspeed(nano_batches=nano_batches)
 
     def backward(self, summed_loss: torch.Tensor, targets_in_step: int) -> None:
-        """Add the gradient of the mean loss over all targets of the step, of which `summed_loss` is this micro-batch's
-        part here.
+        """Add the gradient of the mean loss over all targets of the step, of which `summed_loss` is this pass's part
+        here.
 
-        DeepSpeed averages over ranks and micro-batches, so the sum is scaled up by their number."""
-        parts = self._settings.parallel.trainers * self._settings.accumulation
+        DeepSpeed averages over ranks and passes, so the sum is scaled up by their number."""
+        parts = self._settings.parallel.trainers * self._passes
         self.deepspeed.backward(summed_loss * (parts / targets_in_step))
 
     def step(self, learning_rate: float) -> None:
-        """Apply the micro-batch; the weights are updated, at this rate, when the accumulated ones are complete.
+        """Apply the pass; the weights are updated, at this rate, when the accumulated ones are complete.
 
         A gradient that is not finite updates nothing: the weights stay what they were."""
         for group in self.deepspeed.optimizer.param_groups:
@@ -121,8 +123,7 @@ class Engine:
         return norm
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
-        """Every parameter's gradient, whole and on the CPU, before `step` of the last micro-batch; a collective
-        call."""
+        """Every parameter's gradient, whole and on the CPU, before `step` of the last pass; a collective call."""
         gradients = {}
         for name, parameter in self.deepspeed.module.named_parameters():
             full = parameter.grad if self._settings.parallel.zero_stage == 0 else safe_get_full_grad(parameter)
@@ -151,12 +152,12 @@ class PlainEngine:
     """The same gradients without DeepSpeed, which knows no fp64: plain sums over trainers. It verifies, it does not
     train."""
 
-    def __init__(self, module: torch.nn.Module, settings: RunSettings, device: torch.device):
-        self._module, self._settings = module.to(device), settings
+    def __init__(self, module: torch.nn.Module, settings: RunSettings, device: torch.device, passes: int):
+        self._module = module.to(device)
 
-    def forward(self, **batch) -> torch.Tensor:
+    def forward(self, nano_batches: list[dict]) -> torch.Tensor:
         with Fp64Throughout():
-            return self._module(**batch)
+            return self._module(nano_batches)
 
     def backward(self, summed_loss: torch.Tensor, targets_in_step: int) -> None:
         with Fp64Throughout():  # recomputed layers run here
@@ -228,10 +229,46 @@ def _weights_only():
         os.environ.pop(FORCE) if before is None else os.environ.update({FORCE: before})
 
 
-def _deepspeed_config(settings: RunSettings) -> dict:
+def _release_after_each_backward(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Under ZeRO 3, let a module's gathered weights go after each of its backwards.
+
+    DeepSpeed counts a module's inputs that still need a gradient in one number per module, which every forward sets
+    back to 0: of two forwards before a backward, as strands make them, only one would release, and at the end of
+    backward all weights would be there. Here every forward counts its own."""
+    for module in engine.module.modules():
+        module.post_bwd_fn = _counting_release(module, engine.optimizer.parameter_offload)
+
+
+def _counting_release(module: torch.nn.Module, offload) -> type[torch.autograd.Function]:
+    class Release(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x.detach()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            if not inputs[0].requires_grad:
+                return
+            if module.ds_grads_remaining == 0:  # the first input of a forward
+                module.distca_inputs_left = [0]
+            module.ds_grads_remaining += 1
+            ctx.left = module.distca_inputs_left
+            ctx.left[0] += 1
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            ctx.left[0] -= 1
+            if ctx.left[0] == 0:
+                offload.post_sub_module_backward_function(module)
+            return gradients
+
+    return Release
+
+
+def _deepspeed_config(settings: RunSettings, passes: int) -> dict:
     return {
         "train_micro_batch_size_per_gpu": 1,  # one packed row; tokens are our unit
-        "gradient_accumulation_steps": settings.accumulation,
+        "gradient_accumulation_steps": passes,
         "gradient_clipping": settings.train.clip_grad_norm if settings.parallel.zero_stage else 0.0,  # see Engine._clip
         "zero_optimization": {"stage": settings.parallel.zero_stage},
         "bf16": {"enabled": settings.train.precision == "bf16"},

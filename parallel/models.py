@@ -25,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
+    PreTrainedModel,
 )
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import load_state_dict
@@ -34,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 from distca.config import ModelSettings
 from distca.errors import SettingsError, Unsupported
 from distca.kernels.capability import refusal
-from distca.parallel.attach import CHECKED, NAME, AttentionCall, dry_run
+from distca.parallel.attach import CHECKED, NAME, AttentionCall, dry_run, saved_bytes
 from distca.parallel.model_keys import SOFTCAPS, key_problems, near_misses, rope_problems, value_problems
 from distca.paths import expanded, looks_local
 
@@ -306,15 +307,31 @@ def layers_of(config: PretrainedConfig, where: str = "model.config") -> list[Att
     """What every layer asks for, and the same as Transformers' own masks allow; from a model without memory."""
     with without_advice():
         try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    copy.deepcopy(config), dtype=torch.float32, attn_implementation=CHECKED
-                )
-            return dry_run(model)
+            return dry_run(_without_memory(config, torch.float32, CHECKED))
         except SettingsError:
             raise
         except Exception as error:  # a class and PyTorch say in their own ways that numbers do not fit
             raise SettingsError(f"{where} does not make a model that runs: {reason(error)}") from None
+
+
+def num_matrix_weights(config: PretrainedConfig) -> int:
+    """Weights that every token is multiplied with: all but an embedding that is not the head's too."""
+    with without_advice():
+        model = _without_memory(config, torch.float32, CHECKED)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return sum(p.numel() for p in model.parameters()) - (0 if embedding is head else embedding.numel())
+
+
+def activation_bytes(config: PretrainedConfig, dtype: torch.dtype, checkpointing: bool) -> int:
+    """What training keeps of one token between forward and backward, logits aside; from a model without memory."""
+    with without_advice():
+        model = _without_memory(config, dtype, CHECKED).train()
+        return saved_bytes(model, checkpointing)
+
+
+def _without_memory(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
 
 
 def check_weights(config: PretrainedConfig, path: str) -> None:

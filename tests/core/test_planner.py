@@ -44,6 +44,19 @@ def inputs_for(lengths, num_ranks, pool, window=0, tolerance=20_000, block=128):
     return PlanInputs(padded(lengths, num_ranks), (MaskRule(window),), num_ranks, pool, tolerance, block)
 
 
+@settings(max_examples=60, deadline=None)
+@given(lengths_lists, st.integers(1, 7), pools, st.sampled_from([0, 100]))
+def test_rows_that_cannot_be_shared_equally_are_shared_up_to_one(lengths, extra_ranks, pool, window):
+    """Of fewer rows than ranks, some ranks hold none."""
+    num_ranks = max([extra_ranks, *(h + 1 for h in pool.home if h is not None)])
+    inputs = PlanInputs(np.array(lengths, np.int64), (MaskRule(window),), num_ranks, pool, 20_000, 16)
+    plan = plan_step(inputs, inputs.rules[0])
+    plan.check()
+    s = plan.segments
+    held = np.bincount(s.rank, s.end - s.start, minlength=num_ranks)
+    assert sorted(held.tolist()) == sorted((sum(lengths) + i) // num_ranks for i in range(num_ranks))
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     lengths_lists,

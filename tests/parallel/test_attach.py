@@ -358,5 +358,5 @@ def _buffers_in_engine(pipe, store, zero_stage):
     module = make_model(dtype=torch.bfloat16)
     tell = lambda m: {n: (str(b.dtype), b.tolist()) for n, b in m.named_buffers()}  # noqa: E731
     wanted = tell(module)
-    engine = Engine(module, settings, torch.device("cpu"))
+    engine = Engine(module, settings, torch.device("cpu"), 1)
     pipe.send((tell(engine.deepspeed.module), wanted))
