@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from distca.kernels.rows import Part, gather
+from distca.parallel.streams import current_stream, host_buffer, keep, running_on, side_stream, to_device, to_host
 
 PLAN, FORWARD, BACKWARD, REPLY, FAILURE = range(1, 6)
 KIND_NAMES = {PLAN: "plan", FORWARD: "forward", BACKWARD: "backward", REPLY: "reply", FAILURE: "failure"}
@@ -188,12 +189,14 @@ class GroupLink:
         self._payloads = (
             _nccl(dist.PrefixStore(f"link/{name}/nccl", store), end, self._timeout) if nccl else self._headers
         )
+        self._receiving = side_stream(device)
         self._sending, self._counting = threading.Lock(), threading.Lock()
         self._in_flight: deque[tuple[list, tuple]] = deque()  # works and buffers of messages that may not have arrived
         self._num_freed = self._num_received = 0
 
     def send(self, header: Header, tensors: Sequence[torch.Tensor] = ()) -> None:
-        payload = pack(tensors).to(self._device if self._nccl else "cpu")
+        payload = pack(tensors)
+        payload = to_device(payload, self._device) if self._nccl else to_host(payload)
         header = replace(header, payload_bytes=payload.numel(), checksum=checksum(payload))
         with self._sending:  # a header and its payload stay together
             head = replace(header, received=self._num_received).pack()
@@ -208,11 +211,21 @@ class GroupLink:
             self.bytes_sent += head.numel() + payload.numel()
 
     def wait_message(self) -> tuple[Header, torch.Tensor]:
+        consumer = current_stream(self._device)
+        with running_on(self._receiving):  # what NCCL's works make wait is this stream, and no kernels
+            header, payload = self._receive()
+        keep(consumer, [payload])
+        return header, to_device(payload, self._device)
+
+    def _receive(self) -> tuple[Header, torch.Tensor]:
         try:
             head = torch.empty(HEADER.size, dtype=torch.uint8)
             self._headers.recv([head], self._peer, 0).wait(self._timeout)
             header = Header.unpack(head)
-            payload = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._device if self._nccl else "cpu")
+            if self._nccl:
+                payload = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._device)
+            else:
+                payload = host_buffer(header.payload_bytes, self._device)
             if header.payload_bytes:
                 self._payloads.recv([payload], self._peer, 1).wait(self._timeout)
             self._wait_arrived(header.received)
@@ -220,11 +233,11 @@ class GroupLink:
             raise Damaged(f"link {self.name}: {error}") from None
         except RuntimeError as error:
             raise LinkError(f"link {self.name}: no message: {_first_line(error)}") from None
-        if checksum(payload) != header.checksum:
+        if checksum(payload) != header.checksum:  # reads a value, so the payload is complete when it is handed on
             raise Damaged(f"link {self.name}: a {KIND_NAMES.get(header.kind)} message arrived damaged (checksum)")
         self._num_received += 1
         self.bytes_received += head.numel() + payload.numel()
-        return header, payload.to(self._device)
+        return header, payload
 
     def _wait_arrived(self, num_messages: int) -> None:
         """Free the buffers of the first `num_messages` messages ever sent, once they have arrived."""
@@ -240,27 +253,35 @@ class GroupLink:
 
 class LocalLink:
     """A link inside one process. Rows are copied, as over a wire, so that neither end sees the other's later
-    changes."""
+    changes; those of a GPU by way of the host, as over Gloo."""
 
-    def __init__(self, inbox: queue.SimpleQueue, outbox: queue.SimpleQueue, deadline_s: float | None = None):
+    def __init__(
+        self,
+        inbox: queue.SimpleQueue,
+        outbox: queue.SimpleQueue,
+        deadline_s: float | None = None,
+        device: torch.device | None = None,
+    ):
         self._inbox, self._outbox, self._deadline_s = inbox, outbox, deadline_s
+        self._device = device or torch.device("cpu")
         self.bytes_sent = self.bytes_received = 0  # nothing crosses a wire
 
     @staticmethod
-    def pair(deadline_s: float | None = None) -> tuple[LocalLink, LocalLink]:
+    def pair(deadline_s: float | None = None, device: torch.device | None = None) -> tuple[LocalLink, LocalLink]:
         """The trainer's end, which gives up after `deadline_s`, and the server's, which never does."""
         there, back = queue.SimpleQueue(), queue.SimpleQueue()
-        return LocalLink(back, there, deadline_s), LocalLink(there, back)
+        return LocalLink(back, there, deadline_s, device), LocalLink(there, back, device=device)
 
     def send(self, header: Header, tensors: Sequence[torch.Tensor] = ()) -> None:
-        payload = pack(tensors)
+        payload = to_host(pack(tensors))
         self._outbox.put((replace(header, payload_bytes=payload.numel()), payload))
 
     def wait_message(self) -> tuple[Header, torch.Tensor]:
         try:
-            return self._inbox.get(timeout=self._deadline_s)
+            header, payload = self._inbox.get(timeout=self._deadline_s)
         except queue.Empty:
             raise LinkError(f"no message within {self._deadline_s:g} s") from None
+        return header, to_device(payload, self._device)
 
 
 def _gloo(store: dist.Store, end: int, address: str) -> dist.ProcessGroupGloo:

@@ -4,7 +4,7 @@ What `fake_cuda` is, and what it cannot show, is at its top."""
 
 import pytest
 import torch
-from fake_cuda import CudaTensor, DeviceError, fake_cuda
+from fake_cuda import CudaTensor, DeviceError, Gpu, fake_cuda
 from problems import CASES, NAMES, Problem, assert_as_good_as_plain, finite
 
 from distca.kernels.attention import BACKENDS
@@ -105,9 +105,12 @@ def test_pinned_buffers_are_read_and_written_when_copies_are_over():
         pinned.zero_()
 
 
-def run(problem: Problem, backend: str) -> list[torch.Tensor]:
+def run(problem: Problem, backend: str, gpu: Gpu | None = None) -> list[torch.Tensor]:
+    if gpu:
+        gpu.waits.clear()
     found = problem.run(backend)
     assert all(x.is_cuda == problem.q.is_cuda for x in found)
+    assert not gpu or not gpu.waits, "the host waits for the device in the middle of a call"
     return [x.cpu() for x in found]
 
 
@@ -116,7 +119,7 @@ def run(problem: Problem, backend: str) -> list[torch.Tensor]:
 def test_back_ends_compute_on_the_device_what_the_reference_does(name, backend, gpu):
     problem = Problem.of(*CASES[name], (8, 2), 16).to(torch.float32)
     for part, x, y in zip(
-        NAMES, run(problem.to(torch.float32, "cuda"), backend), run(problem, "reference"), strict=True
+        NAMES, run(problem.to(torch.float32, "cuda"), backend, gpu), run(problem, "reference"), strict=True
     ):
         torch.testing.assert_close(finite(x), finite(y), rtol=1e-4, atol=1e-5, msg=lambda text, n=part: f"{n}: {text}")
     assert (backend == "triton") == any(name in gpu.launches for name in ("forward", "dq", "dkdv"))
@@ -126,7 +129,7 @@ def test_back_ends_compute_on_the_device_what_the_reference_does(name, backend, 
 @pytest.mark.parametrize("name", FEW)
 def test_half_precision_errs_at_most_twice_as_much_as_plain_attention(name, backend, gpu):
     problem = Problem.of(*CASES[name], (4, 2), 16).to(torch.bfloat16)
-    assert_as_good_as_plain(run(problem.to(torch.bfloat16, "cuda"), backend), problem)
+    assert_as_good_as_plain(run(problem.to(torch.bfloat16, "cuda"), backend, gpu), problem)
 
 
 def test_delta_merge_and_sinks_keep_to_the_device(gpu):

@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from distca.kernels import rows, triton_attention, triton_kernels, triton_rows
 from distca.kernels.reference import attend_backward_reference, attend_reference
-from distca.parallel import core_attention
+from distca.parallel import core_attention, streams
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -387,6 +387,8 @@ def _check_device(device) -> None:
 
 
 def _pin(x: torch.Tensor) -> torch.Tensor:
+    if _is_pinned(x):
+        return x
     pinned = x.clone(memory_format=torch.contiguous_format)
     storage = pinned.untyped_storage()
     _gpu.pinned[storage.data_ptr()] = weakref.ref(storage)
@@ -566,6 +568,12 @@ def _attend(kernel, q, k, v, tasks, scale, softcap, **arguments) -> None:
             arguments[name].copy_(x)
 
 
+def _forget() -> None:
+    """What is kept of the device from call to call."""
+    triton_attention._list_on.cache_clear()
+    streams._copies_to.cache_clear()
+
+
 @contextmanager
 def fake_cuda(capability_of_device: tuple[int, int] = (9, 0), flash: bool = True) -> Iterator[Gpu]:
     """Within, there is a device "cuda:0"; what it remembers is yielded. Errors that nobody saw raise at the end."""
@@ -616,7 +624,7 @@ def fake_cuda(capability_of_device: tuple[int, int] = (9, 0), flash: bool = True
         patch.setattr(triton_rows, "move_rows_kernel", _Kernel("move_rows", _move_rows))
         patch.setattr(rows, "move_triton", _move)
         patch.setattr(triton_attention, "_launch", _attend)
-        triton_attention._list_on.cache_clear()
+        _forget()
         swaps = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)  # a moved parameter stays the same object
         try:
@@ -627,7 +635,7 @@ def fake_cuda(capability_of_device: tuple[int, int] = (9, 0), flash: bool = True
                 raise DeviceError("; ".join(dict.fromkeys(_gpu.errors)))
         finally:
             torch.__future__.set_swap_module_params_on_conversion(swaps)
-            triton_attention._list_on.cache_clear()
+            _forget()
             _gpu = before
 
 

@@ -27,7 +27,7 @@ def make_exchanges(num_ranks, pool, backend="reference", device=CPU):
         links, own = {}, next((s for s in servers if s.rank == rank), None)
         for server in servers:
             if server is not own:
-                links[server.number], far_end = LocalLink.pair(60.0)
+                links[server.number], far_end = LocalLink.pair(60.0, device)
                 server.serve(rank, far_end)
         exchanges.append(Exchange(rank, links, own))
     return exchanges, servers
