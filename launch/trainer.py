@@ -218,7 +218,7 @@ class Trainer:
             if number < len(batch.passes) - 1 and isinstance(self._engine, Engine):
                 self._engine.step(0.0)  # only the last one would update
         gradients = self._engine.full_gradients()
-        total = torch.tensor(summed_loss, dtype=torch.float64)
+        total = torch.tensor(summed_loss, dtype=torch.float64, device=self._device)  # NCCL adds up nothing else
         dist.all_reduce(total)
         return float(total) / batch.targets, gradients
 

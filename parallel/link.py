@@ -191,7 +191,8 @@ class GroupLink:
         )
         self._receiving = side_stream(device)
         self._sending, self._counting = threading.Lock(), threading.Lock()
-        self._in_flight: deque[tuple[list, tuple]] = deque()  # works and buffers of messages that may not have arrived
+        # of messages that may not have arrived: works, buffers, and the stream whose memory these are
+        self._in_flight: deque[tuple[list, tuple, torch.cuda.Stream | None]] = deque()
         self._num_freed = self._num_received = 0
 
     def send(self, header: Header, tensors: Sequence[torch.Tensor] = ()) -> None:
@@ -207,7 +208,7 @@ class GroupLink:
                     works.append(self._payloads.send([payload], self._peer, 1))
             except RuntimeError as error:
                 raise LinkError(f"link {self.name}: cannot send: {_first_line(error)}") from None
-            self._in_flight.append((works, (head, payload)))
+            self._in_flight.append((works, (head, payload), current_stream(self._device)))
             self.bytes_sent += head.numel() + payload.numel()
 
     def wait_message(self) -> tuple[Header, torch.Tensor]:
@@ -245,10 +246,11 @@ class GroupLink:
             with self._counting:
                 if self._num_freed >= num_messages or not self._in_flight:
                     return
-                works, _buffers = self._in_flight.popleft()
+                works, _buffers, stream = self._in_flight.popleft()
                 self._num_freed += 1
-            for work in works:
-                work.wait(self._timeout)
+            with running_on(stream):  # which may write to the buffers again, and so waits until NCCL has read them
+                for work in works:
+                    work.wait(self._timeout)
 
 
 class LocalLink:

@@ -6,11 +6,20 @@ What `fake_cuda` is, and what it cannot show, is at its top."""
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from dense import dense_attention, relative_error
 from fake_cuda import fake_cuda
+from groups_in_process import InProcess
 from in_process import attend_distributed, attention_of_ranks, make_exchanges
+from two_strands import gradients_of, make_batches, make_module
 
 from distca.masks import MaskRule
+from distca.parallel import link
+from distca.parallel.attach import checkpoint_activations, probe
+from distca.parallel.core_attention import Exchange
+from distca.parallel.link import FORWARD, MAX_IN_FLIGHT, PLAN, REPLY, GroupLink, Header, Rows, unpack
+from distca.parallel.server import AttentionServer
+from distca.parallel.streams import to_host
 from distca.plan import PlanInputs, make_pool
 
 CUDA = torch.device("cuda")
@@ -60,3 +69,85 @@ def test_a_call_and_its_gradients_are_those_of_dense_attention(pool, backend, gp
     reports = [s.take_report() for s in servers]
     assert sum(r.calls for r in reports) >= 4 and all(r.busy_s > 0 for r in reports if r.calls)
     assert "synchronize" not in gpu.waits
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """Where the groups of two ends in one process meet."""
+    monkeypatch.setattr(link, "_gloo", lambda store, end, _address: InProcess(store, end, "cpu"))
+    monkeypatch.setattr(link, "_nccl", lambda store, end, _timeout: InProcess(store, end, "cuda"))
+    return dist.HashStore()
+
+
+def make_links(store, nccl: bool) -> list[GroupLink]:
+    return [GroupLink(store, "0-0", end, "127.0.0.1", (60.0, None)[end], CUDA, nccl) for end in (0, 1)]
+
+
+@pytest.mark.parametrize("nccl", [False, True], ids=["gloo", "nccl"])
+def test_a_link_carries_rows_of_the_device_and_words_of_the_host(nccl, store, gpu):
+    """More messages than may be in flight, each computed on the default stream and freed at once."""
+    ours, theirs = make_links(store, nccl)
+    x, index = torch.arange(5 * 64.0).reshape(5, 64).to(CUDA), torch.tensor([4, 0, 2]).to(CUDA)
+    gpu.waits.clear()
+    for call in range(2 * MAX_IN_FLIGHT + 1):
+        ours.send(Header(FORWARD, call=call), [Rows(x + call, index), x[:1] * 2])
+        header, payload = theirs.wait_message()
+        assert header.call == call and payload.is_cuda
+        found, doubled = unpack(payload, [((3, 64), torch.float32), ((1, 64), torch.float32)])
+        found += 1  # by the consumer's stream
+        theirs.send(Header(REPLY, call=call), [found, doubled])
+        _, payload = ours.wait_message()
+        found, _ = unpack(payload, [((3, 64), torch.float32), ((1, 64), torch.float32)])
+        assert torch.equal(found.cpu(), x.cpu()[[4, 0, 2]] + call + 1)
+    assert "synchronize" not in gpu.waits
+    words = torch.arange(7)
+    ours.send(Header(PLAN), [words])
+    _, payload = theirs.wait_message()
+    assert torch.equal(to_host(payload).view(torch.int64)[:7], words)
+
+
+@pytest.mark.parametrize("nccl", [False, True], ids=["gloo", "nccl"])
+def test_calls_over_a_link_are_those_of_dense_attention(nccl, store, gpu):
+    """A trainer and a dedicated server, each with its threads, over what they have between processes."""
+    pool, rows = make_pool(1, 1, False), random_rows(200)
+    inputs = PlanInputs(np.array([150, 50]), (MaskRule(),), 1, pool, 0, 16)
+    ours, theirs = make_links(store, nccl)
+    server = AttentionServer(0, "torch", CUDA)
+    server.serve(0, theirs)
+    exchange = Exchange(0, {0: ours})
+    sites = attention_of_ranks([exchange], inputs, device=CUDA)
+    there = [x.to(CUDA) for x in rows]
+    for _ in range(3):
+        for a, b in zip(attend_distributed(sites, *there), dense(*rows, [150, 50]), strict=True):
+            assert relative_error(a.cpu(), b) < 1e-5
+    assert server.take_report().calls == 6 and "synchronize" not in gpu.waits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("pool", ["in place", "dedicated"])
+def test_two_strands_of_a_model_have_the_loss_and_gradients_of_the_cpu(pool, dtype, gpu):
+    """Layers, attention, checkpointed chunks of the loss; forward and backward."""
+    pool = make_pool(1, 0, True) if pool == "in place" else make_pool(1, 1, False)
+    module = make_module()
+    wanted = gradients_of(module, make_batches([], pool))
+    module = module.to(CUDA, dtype)
+    found = gradients_of(module, make_batches([], pool, CUDA, "torch"))
+    for a, b in zip(found, wanted, strict=True):
+        assert a.is_cuda and relative_error(a.cpu(), b) < (1e-5 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_a_model_on_the_device_passes_the_probe(backend, gpu):
+    calls = probe(make_module().to(CUDA), backend)
+    assert [call.head_dim for call in calls] == [8] * 3
+
+
+def test_checkpointed_layers_call_attention_once_on_the_device(gpu):
+    module, pool = make_module(), make_pool(1, 1, False)
+    wanted = gradients_of(module, make_batches([], pool))
+    checkpoint_activations(module.model)
+    events = []
+    found = gradients_of(module.to(CUDA), make_batches(events, pool, CUDA, "triton"))
+    assert sum(event.startswith("send a") for event in events) == 3
+    for a, b in zip(found, wanted, strict=True):
+        assert relative_error(a.cpu(), b) < 1e-5

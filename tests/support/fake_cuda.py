@@ -13,6 +13,7 @@ Triton's kernels and CUDA's own attention operators are done by plain PyTorch: w
 back. That they compute the right thing, only a GPU can show (and Triton's interpreter, see test_triton.py).
 
 To PyTorch's C++ these tensors are on the CPU, which keeps it from entering CUDA's device guards and lets autograd run.
+What it makes by itself there, for an operator made of others, is of the CPU: such an operator is emulated here or fails.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Memory:
     written: tuple[int, int] | None = None  # stream, and its how many-th launch
     read: dict[int, int] = field(default_factory=dict)  # by stream: its last launch
     kept_for: set[int] = field(default_factory=set)
+    """Streams that must have come to where they are when it is freed, before it is given away again."""
 
 
 class Stream:
@@ -125,6 +127,8 @@ class Gpu:
         self.seen_by_host: dict[int, int] = {}
         self.memory: dict[int, tuple[weakref.ref, Memory]] = {}  # by address
         self.pinned: dict[int, weakref.ref] = {}
+        self.kept: set = set()
+        """Whatever has to live until the device is done."""
         self.errors: list[str] = []
         self.waits: list[str] = []
         """What made the host wait for all that was launched: reading a value, a blocking copy, `synchronize`."""
@@ -170,8 +174,8 @@ class Gpu:
             if self.memory.get(address, (None, None))[1] is memory:
                 del self.memory[address]
             uses = [*memory.read.items(), *([memory.written] if memory.written else [])]
-            owner = self.streams[memory.stream]
-            if any(s not in memory.kept_for and not self.is_over(owner, s, n) for s, n in uses):
+            known = [self.streams[s] for s in (memory.stream, *memory.kept_for)]
+            if not all(any(self.is_over(stream, *use) for stream in known) for use in uses):
                 self.errors.append("memory was freed while another stream may still use it: record_stream is missing")
 
     def is_over(self, stream: Stream, other: int, launch: int) -> bool:
@@ -264,7 +268,7 @@ class CudaTensor(torch.Tensor):
             return OUR_OPERATORS[operator](*args, **kwargs)
         if operator is aten.copy_.default:
             return _copy(*args, **kwargs)
-        if operator is aten._local_scalar_dense.default:
+        if operator in READ_BY_HOST:
             _gpu.host_waits("reads a value")
         flat, spec = tree_flatten((args, kwargs))
         _check_operator(operator, flat)
@@ -274,6 +278,9 @@ class CudaTensor(torch.Tensor):
         wrapped = tree_map_only(torch.Tensor, lambda x: owners[id(x)] if id(x) in owners else CudaTensor(x), found)
         _note_launch(operator, args, kwargs, owners, found)
         return wrapped
+
+
+READ_BY_HOST = {aten._local_scalar_dense.default, aten.item.default, aten.nonzero.default, aten.equal.default}
 
 
 def _host(x):
@@ -289,18 +296,17 @@ def _check_operator(operator, flat: list) -> None:
 
 
 def _note_launch(operator, args, kwargs, owners: dict, found) -> None:
-    schema = operator._schema
-    if any(r.alias_info and not r.alias_info.is_write for r in schema.returns):
-        return  # a view
-    written = set()
-    for position, argument in enumerate(schema.arguments):
+    hosts, written = {number: x.host for number, x in owners.items()}, set()
+    for position, argument in enumerate(operator._schema.arguments):
         if argument.alias_info and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             written |= {id(x.host) for x in tree_flatten(value)[0] if isinstance(x, CudaTensor)}
-    hosts = {number: x.host for number, x in owners.items()}
-    fresh = [x for x in tree_flatten(found)[0] if isinstance(x, torch.Tensor) and id(x) not in hosts]
-    reads = [x for number, x in hosts.items() if number not in written]
-    _gpu.launch(str(operator), reads, [x for number, x in hosts.items() if number in written] + fresh)
+    memories = {x.untyped_storage().data_ptr() for x in hosts.values()}
+    results = [x for x in tree_flatten(found)[0] if isinstance(x, torch.Tensor) and id(x) not in hosts]
+    fresh = [x for x in results if x.untyped_storage().data_ptr() not in memories]
+    if written or fresh or not results:  # else a view, and nothing is launched
+        reads = [x for number, x in hosts.items() if number not in written]
+        _gpu.launch(str(operator), reads, [x for number, x in hosts.items() if number in written] + fresh)
 
 
 def _copy(to: torch.Tensor, of: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -480,12 +486,27 @@ def _efficient_scores(query, key, value, bias, custom_mask_type, scale):
     return s_BHMN, stats
 
 
+def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """PyTorch's own attention by plain operators: it would choose one for the CPU, and make its mask there."""
+    if not isinstance(query, CudaTensor):
+        return _PLAIN_SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    assert attn_mask is None and not dropout_p
+    sharing = query.shape[-3] // key.shape[-3]
+    key, value = (x.repeat_interleave(sharing, -3) for x in (key, value))
+    s = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        hidden = torch.ones(s.shape[-2:], dtype=torch.bool, device=CUDA).triu(1)
+        s = s.masked_fill(hidden, -torch.inf)
+    return s.softmax(-1) @ value
+
+
+_PLAIN_SDPA = torch.nn.functional.scaled_dot_product_attention
+
 EMULATED = {
     aten._efficient_attention_forward.default: _efficient_forward,
     aten._efficient_attention_backward.default: _efficient_backward,
     aten._flash_attention_forward.default: varlen_emulated._forward,
     aten._flash_attention_backward.default: varlen_emulated._backward,
-    aten._fused_sdp_choice.default: lambda *_args, **_kwargs: 0,  # PyTorch's own attention: by plain operators
 }
 OUR_OPERATORS = {
     torch.ops.distca.begin.default: core_attention.begin._init_fn,
@@ -568,6 +589,10 @@ def _attend(kernel, q, k, v, tasks, scale, softcap, **arguments) -> None:
             arguments[name].copy_(x)
 
 
+def current_gpu() -> Gpu:
+    return _gpu
+
+
 def _forget() -> None:
     """What is kept of the device from call to call."""
     triton_attention._list_on.cache_clear()
@@ -610,6 +635,7 @@ def fake_cuda(capability_of_device: tuple[int, int] = (9, 0), flash: bool = True
             patch.setattr(torch, name, _factory(getattr(torch, name)))
         for name, thing in replaced.items():
             patch.setattr(torch.cuda, name, thing)
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", _sdpa)
         patch.setattr(torch.Tensor, "to", _to)
         patch.setattr(torch.Tensor, "cpu", lambda x, **_: _to(x, CPU))
         patch.setattr(
