@@ -8,16 +8,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from dense import dense_attention, relative_error
-from fake_cuda import fake_cuda
+from fake_cuda import DeviceError, fake_cuda
 from groups_in_process import InProcess
 from in_process import attend_distributed, attention_of_ranks, make_exchanges
 from two_strands import gradients_of, make_batches, make_module
 
 from distca.masks import MaskRule
-from distca.parallel import link
+from distca.parallel import core_attention, link
+from distca.parallel import server as server_module
 from distca.parallel.attach import checkpoint_activations, probe
 from distca.parallel.core_attention import Exchange
-from distca.parallel.link import FORWARD, MAX_IN_FLIGHT, PLAN, REPLY, GroupLink, Header, Rows, unpack
+from distca.parallel.link import FORWARD, MAX_IN_FLIGHT, PLAN, REPLY, GroupLink, Header, LinkError, Rows, unpack
+from distca.parallel.rows import on_device
 from distca.parallel.server import AttentionServer
 from distca.parallel.streams import to_host
 from distca.plan import PlanInputs, make_pool
@@ -151,3 +153,22 @@ def test_checkpointed_layers_call_attention_once_on_the_device(gpu):
     assert sum(event.startswith("send a") for event in events) == 3
     for a, b in zip(found, wanted, strict=True):
         assert relative_error(a.cpu(), b) < 1e-5
+
+
+def test_rows_that_a_plan_leaves_on_the_cpu_end_a_call(gpu, monkeypatch):
+    """The harness at work: a device that is forgotten at one place is an error, wherever the call goes through it."""
+    monkeypatch.setattr(core_attention, "on_device", lambda route, _device: on_device(route, torch.device("cpu")))
+    pool, rows = make_pool(1, 1, False), random_rows(40)
+    inputs = PlanInputs(np.array([40]), (MaskRule(),), 1, pool, 0, 16)
+    sites = attention_of_ranks(make_exchanges(1, pool, "torch", CUDA)[0], inputs, device=CUDA)
+    with pytest.raises(DeviceError, match="outside of the device's memory"):
+        attend_distributed(sites, *(x.to(CUDA) for x in rows))
+
+
+def test_answers_that_do_not_wait_for_their_kernels_are_an_error(gpu, monkeypatch):
+    monkeypatch.setattr(server_module, "mark", lambda _device: None)
+    pool, rows = make_pool(1, 1, False), random_rows(40)
+    inputs = PlanInputs(np.array([40]), (MaskRule(),), 1, pool, 0, 16)
+    sites = attention_of_ranks(make_exchanges(1, pool, "torch", CUDA)[0], inputs, device=CUDA)
+    with pytest.raises(LinkError, match="still written on stream 0"):
+        attend_distributed(sites, *(x.to(CUDA) for x in rows))

@@ -13,7 +13,7 @@ Triton's kernels and CUDA's own attention operators are done by plain PyTorch: w
 back. That they compute the right thing, only a GPU can show (and Triton's interpreter, see test_triton.py).
 
 To PyTorch's C++ these tensors are on the CPU, which keeps it from entering CUDA's device guards and lets autograd run.
-What it makes by itself there, for an operator made of others, is of the CPU: such an operator is emulated here or fails.
+What it makes by itself there, for an operator made of others, is of the CPU: such an operator is emulated, or fails.
 """
 
 from __future__ import annotations
