@@ -55,22 +55,23 @@ def dense(q, k, v, d_out, lengths, window=0):
     return [out.detach(), *(x.grad for x in rows)]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "flash", "reference"])
 @pytest.mark.parametrize("pool", POOLS)
 def test_a_call_and_its_gradients_are_those_of_dense_attention(pool, backend, gpu):
-    pool = POOLS[pool]
-    rows = random_rows(400)
+    pool, dtype = POOLS[pool], torch.bfloat16 if backend == "flash" else torch.float32
+    rows = random_rows(sum(LENGTHS), dtype=dtype)
     inputs = PlanInputs(np.array(LENGTHS), (MaskRule(), MaskRule(50)), 2, pool, 0, 16)
     exchanges, servers = make_exchanges(2, pool, backend, CUDA)
     sites = attention_of_ranks(exchanges, inputs, device=CUDA)
     there = [x.to(CUDA) for x in rows]
     for window in (0, 50):
+        gpu.waits.clear()
         found = attend_distributed(sites, *there, MaskRule(window))
+        assert not {"synchronize", "reads a value", "copies to the host"} & {*gpu.waits}, "the host waits for kernels"
         for a, b in zip(found, dense(*rows, LENGTHS, window), strict=True):
-            assert a.is_cuda and relative_error(a.cpu(), b) < 1e-5
+            assert a.is_cuda and relative_error(a.cpu(), b) < (1e-5 if dtype == torch.float32 else 0.02)
     reports = [s.take_report() for s in servers]
     assert sum(r.calls for r in reports) >= 4 and all(r.busy_s > 0 for r in reports if r.calls)
-    assert "synchronize" not in gpu.waits
 
 
 @pytest.fixture
