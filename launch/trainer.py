@@ -35,6 +35,7 @@ from distca.parallel.core_attention import CallStatistics, CoreAttention, Exchan
 from distca.parallel.engine import DTYPES, Engine, PlainEngine
 from distca.parallel.models import build_model, read_config
 from distca.parallel.server import AttentionServer, ServerReport
+from distca.parallel.streams import to_device
 from distca.plan import MILLION, PlanInputs, combined_digest, imbalance
 from distca.planner import plan_directions
 from distca.routes import TrainerRoute, routes_of
@@ -191,12 +192,12 @@ class Trainer:
         self._next = self._ahead.submit(self._prepare, self._step, batch.cursor)
         random_state = np.random.SeedSequence([self._settings.seed, self._step, self._rank]).generate_state(1)
         torch.manual_seed(int(random_state[0]))  # random layers resume exactly
-        summed_loss, train = 0.0, self._settings.train
+        losses, train = [], self._settings.train
         rate = learning_rate(train.schedule, train.optimizer.learning_rate, batch.step, train.steps)
         for nano_batches in batch.passes:
-            summed_loss += self._forward_backward(nano_batches, batch.targets)
+            losses.append(self._forward_backward(nano_batches, batch.targets))
             self._engine.step(rate)
-        return self._report(batch, summed_loss, rate, data_wait_s)
+        return self._report(batch, sum(map(float, losses), 0.0), rate, data_wait_s)
 
     def verify(self) -> Comparison | None:
         """Gradients of the next step against one device; the comparison is rank 0's."""
@@ -212,13 +213,14 @@ class Trainer:
 
     def _gradients(self, batch: StepBatch) -> tuple[float, dict[str, torch.Tensor]]:
         """The step's mean loss and whole gradients, which are not applied."""
-        summed_loss = 0.0
+        losses = []
         for number, nano_batches in enumerate(batch.passes):
-            summed_loss += self._forward_backward(nano_batches, batch.targets)
+            losses.append(self._forward_backward(nano_batches, batch.targets))
             if number < len(batch.passes) - 1 and isinstance(self._engine, Engine):
                 self._engine.step(0.0)  # only the last one would update
         gradients = self._engine.full_gradients()
-        total = torch.tensor(summed_loss, dtype=torch.float64, device=self._device)  # NCCL adds up nothing else
+        # on the device: NCCL adds up nothing else
+        total = torch.tensor(sum(map(float, losses), 0.0), dtype=torch.float64, device=self._device)
         dist.all_reduce(total)
         return float(total) / batch.targets, gradients
 
@@ -238,16 +240,17 @@ class Trainer:
         dist.broadcast(on, 0)
         return replace(decision, on=bool(on))
 
-    def _forward_backward(self, nano_batches: tuple[MicroBatch, ...], targets: int) -> float:
+    def _forward_backward(self, nano_batches: tuple[MicroBatch, ...], targets: int) -> torch.Tensor:
+        """The pass's summed loss, on the device: reading it would make the host wait for the whole backward."""
         inputs = []
         for nano_batch in nano_batches:
             attention = CoreAttention(self._exchange, nano_batch.number, nano_batch.routes)
-            rows = [torch.from_numpy(x).to(self._device) for x in nano_batch.rows]
+            rows = [to_device(torch.from_numpy(x), self._device) for x in nano_batch.rows]
             names = dict(zip(("input_ids", "position_ids", "labels"), rows, strict=True))
             inputs.append(names | dict(distca=attention, most_rows=nano_batch.most_rows))
         summed_loss = self._engine.forward(inputs)
         self._engine.backward(summed_loss, targets)
-        return float(summed_loss.detach())
+        return summed_loss.detach()
 
     def _prepare(self, step: int, cursor: Cursor) -> StepBatch:
         """Lengths, plans, routes and rows of a step, on the host thread; servers get to know the plans here."""
