@@ -13,6 +13,9 @@ its own, in the order in which all trainers make them.
 
 Plans are made ahead of the rows, from the same integers as the trainers', and a trainer whose digest differs is
 refused.
+
+On CUDA a server computes on the device's default stream, wherever it lives; rows that arrive are complete when they are
+filed, and answers are sent beside later kernels, once their own are done (`streams.py`).
 """
 
 from __future__ import annotations

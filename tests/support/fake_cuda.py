@@ -330,7 +330,7 @@ def _copy(to: torch.Tensor, of: torch.Tensor, non_blocking: bool = False) -> tor
         elif _is_pinned(to):
             arrived = of.host.clone()
             to.view(torch.uint8).fill_(0xA5) if to.is_contiguous() and to.ndim else to.zero_()
-            _gpu.current().pending.append(functools.partial(_arrive, to, arrived))
+            _gpu.current().pending.append(functools.partial(to.copy_, arrived))
         else:
             raise DeviceError("a copy into memory that is not pinned, for which nobody waits")
     return to
@@ -339,11 +339,6 @@ def _copy(to: torch.Tensor, of: torch.Tensor, non_blocking: bool = False) -> tor
 def _refuse_change(of: torch.Tensor, before: torch.Tensor) -> None:
     if of.numel() and not torch.equal(of.view(torch.uint8), before.view(torch.uint8)):
         _gpu.errors.append("a pinned buffer was changed before the copy out of it was over")
-
-
-def _arrive(to: torch.Tensor, arrived: torch.Tensor) -> None:
-    if arrived is not None:
-        to.copy_(arrived)
 
 
 class _Moved(torch.autograd.Function):
