@@ -30,6 +30,7 @@ import torch
 from distca.arrays import ranges
 from distca.kernels.delta import out_with_delta
 from distca.kernels.merge import merge, statistics_dtype
+from distca.kernels.rows import placed
 from distca.masks import Bands, cut, tighten
 
 KEYS_PER_CALL = 1 << 17  # keys are copied for each sequence that sees them, in backward for each query head too
@@ -57,8 +58,8 @@ class Call:
         s = self.sequences
         most_q, most_k = int((s.q1 - s.q0).max()), int((s.k1 - s.k0).max())
         return dict(
-            cum_seq_q=torch.from_numpy(_ends(s.q1 - s.q0)).to(device),
-            cum_seq_k=torch.from_numpy(_ends(s.k1 - s.k0)).to(device),
+            cum_seq_q=placed(_ends(s.q1 - s.q0), device),
+            cum_seq_k=placed(_ends(s.k1 - s.k0), device),
             max_q=max(most_q, 2),  # for single rows the operator has a path of its own, with keys split
             max_k=most_k,
         )
@@ -88,7 +89,7 @@ def attend_flash(
     for n in range(rounds):  # in each of them a row has one part at most
         for call, (part_PHD, lse_PH) in zip(calls, parts, strict=True):
             at = np.flatnonzero(call.nth == n)
-            rows, at = (torch.from_numpy(x).to(device) for x in (call.rows()[at], at))
+            rows, at = (placed(x, device) for x in (call.rows()[at], at))
             new = part_PHD[at].to(out_SHD.dtype), lse_PH[at]
             out_SHD[rows], lse_SH[rows] = merge(out_SHD[rows], lse_SH[rows], *new) if n else new
     return out_SHD.to(q_SHD.dtype), lse_SH
@@ -113,7 +114,7 @@ def attend_backward_flash(
     out_SHD = out_with_delta(d_out_SHD, delta_SH)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=device)  # seed and offset, never read
     for call in calls_of(tasks):
-        rows, keys = (torch.from_numpy(x).to(device) for x in (call.rows(), call.keys()))
+        rows, keys = (placed(x, device) for x in (call.rows(), call.keys()))
         dq_PHD, dk_NGD, dv_NGD = torch.ops.aten._flash_attention_backward(
             d_out_SHD[rows],
             q_SHD[rows],
@@ -166,7 +167,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out_PHD and lse_PH of a call's rows."""
     device = q_SHD.device
-    rows, keys = (torch.from_numpy(x).to(device) for x in (call.rows(), call.keys()))
+    rows, keys = (placed(x, device) for x in (call.rows(), call.keys()))
     out_PHD, lse_HP, *_ = torch.ops.aten._flash_attention_forward(
         q_SHD[rows],
         k_CGD[keys],

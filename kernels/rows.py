@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -19,6 +20,14 @@ class Part(NamedTuple):
     x: torch.Tensor  # (T, ...), contiguous
     index: torch.Tensor  # (N,) int64
     packed: torch.Tensor  # (N, ...), contiguous
+
+
+def placed(x: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array on `device`, for launches of this thread's stream; on CUDA the host does not wait for it.
+
+    PyTorch keeps the pinned memory for itself until the copy is over."""
+    here = torch.from_numpy(x)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 
 def gather(parts: Sequence[Part]) -> None:
@@ -54,9 +63,7 @@ def move_triton(parts: Sequence[Part], gathers: bool) -> None:
     from distca.kernels.triton_rows import ROWS, WORDS, move_rows_kernel
 
     device = parts[0].x.device
-    table = torch.tensor([_row_of(part) for part in parts], dtype=torch.int64)
-    if device.type == "cuda":
-        table = table.pin_memory().to(device, non_blocking=True)
+    table = placed(np.array([_row_of(part) for part in parts], np.int64), device)
     most = max(len(part.index) for part in parts)
     with torch.cuda.device(device if device.type == "cuda" else -1):
         move_rows_kernel[(triton.cdiv(most, ROWS), len(parts))](table, GATHERS=gathers, ROWS=ROWS, WORDS=WORDS)

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from distca.kernels.merge import statistics_dtype
+from distca.kernels.rows import placed
 from distca.kernels.worklist import work_list
 from distca.masks import Bands, transpose
 
@@ -210,7 +211,7 @@ def _list_on(
         work = work_list(transpose(tasks), num_keys, num_groups, variant.block_k, variant.block_q)
     else:
         work = work_list(tasks, num_rows, num_groups, variant.block_q, variant.block_k)
-    return torch.from_numpy(work.items).to(device), torch.from_numpy(work.entries).to(device)
+    return placed(work.items, device), placed(work.entries, device)
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:

@@ -49,6 +49,7 @@ from distca.parallel.models import build_model, read_config
 from distca.parallel.precision import DTYPES
 from distca.parallel.rows import on_device
 from distca.parallel.server import AttentionServer, ServerReport
+from distca.parallel.streams import to_device
 from distca.parallel.transport import SERVER_END, TRAINER_END
 from distca.placement import packed_in_order
 from distca.plan import MILLION, Plan, PlanInputs, combined_digest, load_at_home
@@ -234,13 +235,13 @@ class Trainer:
         self._next = self._ahead.submit(self._prepare, self._step, batch.cursor)
         random_state = np.random.SeedSequence([self._settings.seed, self._step, self._rank]).generate_state(1)
         torch.manual_seed(int(random_state[0]))  # random layers resume exactly
-        summed_loss, train = 0.0, self._settings.train
+        losses, train = [], self._settings.train
         rate = learning_rate(train.schedule, train.optimizer.learning_rate, batch.step, train.steps)
         for nano_batches in batch.passes:
-            summed_loss += self._forward_backward(nano_batches, batch.targets)
+            losses.append(self._forward_backward(nano_batches, batch.targets))
             with self._trace.span("optimizer", "reduce gradients, update weights"):
                 self._engine.step(rate)
-        return self._report(batch, summed_loss, rate, data_wait_s)
+        return self._report(batch, sum(map(float, losses), 0.0), rate, data_wait_s)
 
     def verify(self) -> Comparison | None:
         """Gradients of the next step against one device; the comparison is rank 0's."""
@@ -256,13 +257,14 @@ class Trainer:
 
     def _gradients(self, batch: StepBatch) -> tuple[float, dict[str, torch.Tensor]]:
         """The step's mean loss and whole gradients, which are not applied."""
-        summed_loss = 0.0
+        losses = []
         for number, nano_batches in enumerate(batch.passes):
-            summed_loss += self._forward_backward(nano_batches, batch.targets)
+            losses.append(self._forward_backward(nano_batches, batch.targets))
             if number < len(batch.passes) - 1 and self._settings.train.precision != "fp64":
                 self._engine.step(0.0)  # only the last one would update
         gradients = self._engine.full_gradients()
-        total = torch.tensor(summed_loss, dtype=torch.float64)
+        # on the device: NCCL adds up nothing else
+        total = torch.tensor(sum(map(float, losses), 0.0), dtype=torch.float64, device=self._device)
         dist.all_reduce(total)
         return float(total) / batch.targets, gradients
 
@@ -282,11 +284,12 @@ class Trainer:
         dist.broadcast(on, 0)
         return replace(decision, on=bool(on))
 
-    def _forward_backward(self, nano_batches: tuple[MicroBatch, ...], targets: int) -> float:
+    def _forward_backward(self, nano_batches: tuple[MicroBatch, ...], targets: int) -> torch.Tensor:
+        """The pass's summed loss, on the device: reading it would make the host wait for the whole backward."""
         inputs = []
         for nano_batch in nano_batches:
             attention = self._attention(nano_batch)
-            rows = [torch.from_numpy(x).to(self._device) for x in nano_batch.rows]
+            rows = [to_device(torch.from_numpy(x), self._device) for x in nano_batch.rows]
             names = dict(zip(("input_ids", "position_ids", "labels"), rows, strict=True))
             inputs.append(names | dict(distca=attention, most_rows=nano_batch.most_rows))
         facts = dict(nano_batches=[nano_batch.number for nano_batch in nano_batches])
@@ -294,7 +297,7 @@ class Trainer:
             summed_loss = self._engine.forward(inputs)
         with self._trace.span("model", "backward", **facts):
             self._engine.backward(summed_loss, targets)
-        return float(summed_loss.detach())
+        return summed_loss.detach()
 
     def _attention(self, nano_batch: MicroBatch) -> CoreAttention:
         return CoreAttention(self._exchange, nano_batch.number, nano_batch.routes)

@@ -318,8 +318,9 @@ def probe(model: PackedCausalLM, backend: str = "reference") -> list[AttentionCa
     """What each layer asks for, in order; raises Unsupported for a model that would be silently wrong."""
     vocab, name = model.model.config.vocab_size, model.model.config.model_type
     first, second = PROBE_LENGTHS
-    positions = torch.cat([torch.arange(first), torch.arange(second)])
-    tokens = torch.arange(first + second) * 7 % vocab
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    positions = torch.cat([torch.arange(n, device=device) for n in PROBE_LENGTHS])
+    tokens = torch.arange(first + second, device=device) * 7 % vocab
     changed = torch.cat([(tokens[:first] + 1) % vocab, tokens[first:]])
     with _evaluating(model):
         run = ProbeAttention(backend)

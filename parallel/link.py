@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from distca.kernels.rows import Part, gather
+from distca.parallel.streams import current_stream, host_buffer, keep, running_on, side_stream, to_device, to_host
 
 PLAN, FORWARD, BACKWARD, REPLY, FAILURE = range(1, 6)
 KIND_NAMES = {PLAN: "plan", FORWARD: "forward", BACKWARD: "backward", REPLY: "reply", FAILURE: "failure"}
@@ -213,12 +214,15 @@ class GroupLink:
         self._payloads_out, self._payloads_in = nccl or (headers, headers)
         self._payload_device = device if nccl else torch.device("cpu")
         self._timeout = timedelta(seconds=deadline_s) if deadline_s else FOREVER
+        self._receiving = side_stream(device)
         self._sending, self._counting = threading.Lock(), threading.Lock()
-        self._in_flight: deque[tuple[list, tuple]] = deque()  # works and buffers of messages that may not have arrived
+        # of messages that may not have arrived: works, buffers, and the stream whose memory these are
+        self._in_flight: deque[tuple[list, tuple, torch.cuda.Stream | None]] = deque()
         self._num_freed = self._num_received = 0
 
     def send(self, header: Header, tensors: Sequence[torch.Tensor | Rows] = ()) -> None:
-        payload = pack(tensors).to(self._payload_device)
+        payload = pack(tensors)
+        payload = to_host(payload) if self._payload_device.type == "cpu" else to_device(payload, self._payload_device)
         header = seal(header, payload)
         with self._sending:  # a header and its payload stay together
             head = replace(header, received=self._num_received).pack()
@@ -229,15 +233,25 @@ class GroupLink:
                     works.append(self._payloads_out.send([payload], self._peer, self._tag + 1))
             except RuntimeError as error:
                 raise LinkError(f"link {self.name}: cannot send: {first_line(error)}") from None
-            self._in_flight.append((works, (head, payload)))
+            self._in_flight.append((works, (head, payload), current_stream(self._device)))
             self.bytes_sent += head.numel() + payload.numel()
 
     def wait_message(self) -> tuple[Header, torch.Tensor]:
+        consumer = current_stream(self._device)
+        with running_on(self._receiving):  # what NCCL's works make wait is this stream, and no kernels
+            header, payload = self._receive()
+        keep(consumer, [payload])
+        return header, to_device(payload, self._device)
+
+    def _receive(self) -> tuple[Header, torch.Tensor]:
         try:
             head = torch.empty(HEADER.size, dtype=torch.uint8)
             self._headers.recv([head], self._peer, self._tag).wait(self._timeout)
             header = Header.unpack(head)
-            payload = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._payload_device)
+            if self._payload_device.type == "cpu":
+                payload = host_buffer(header.payload_bytes, self._device)
+            else:
+                payload = torch.empty(header.payload_bytes, dtype=torch.uint8, device=self._payload_device)
             if header.payload_bytes:
                 self._payloads_in.recv([payload], self._peer, self._tag + 1).wait(self._timeout)
             self._wait_arrived(header.received)
@@ -248,7 +262,7 @@ class GroupLink:
             raise LinkError(f"link {self.name}: no message: {first_line(error)}") from None
         self._num_received += 1
         self.bytes_received += head.numel() + payload.numel()
-        return header, payload.to(self._device)
+        return header, payload
 
     def _wait_arrived(self, num_messages: int) -> None:
         """Free the buffers of the first `num_messages` messages ever sent, once they have arrived."""
@@ -256,35 +270,44 @@ class GroupLink:
             with self._counting:
                 if self._num_freed >= num_messages or not self._in_flight:
                     return
-                works, _buffers = self._in_flight.popleft()
+                works, _buffers, stream = self._in_flight.popleft()
                 self._num_freed += 1
-            for work in works:
-                work.wait(self._timeout)
+            with running_on(stream):  # which may write to the buffers again, and so waits until NCCL has read them
+                for work in works:
+                    work.wait(self._timeout)
 
 
 class LocalLink:
     """A link inside one process. Rows are copied, as over a wire, so that neither end sees the other's later
-    changes."""
+    changes; those of a GPU by way of the host, as over Gloo."""
 
-    def __init__(self, inbox: queue.SimpleQueue, outbox: queue.SimpleQueue, deadline_s: float | None = None):
+    def __init__(
+        self,
+        inbox: queue.SimpleQueue,
+        outbox: queue.SimpleQueue,
+        deadline_s: float | None = None,
+        device: torch.device | None = None,
+    ):
         self._inbox, self._outbox, self._deadline_s = inbox, outbox, deadline_s
+        self._device = device or torch.device("cpu")
         self.bytes_sent = self.bytes_received = 0  # nothing crosses a wire
 
     @staticmethod
-    def pair(deadline_s: float | None = None) -> tuple[LocalLink, LocalLink]:
+    def pair(deadline_s: float | None = None, device: torch.device | None = None) -> tuple[LocalLink, LocalLink]:
         """The trainer's end, which gives up after `deadline_s`, and the server's, which never does."""
         there, back = queue.SimpleQueue(), queue.SimpleQueue()
-        return LocalLink(back, there, deadline_s), LocalLink(there, back)
+        return LocalLink(back, there, deadline_s, device), LocalLink(there, back, device=device)
 
     def send(self, header: Header, tensors: Sequence[torch.Tensor | Rows] = ()) -> None:
-        payload = pack(tensors)
+        payload = to_host(pack(tensors))
         self._outbox.put((replace(header, payload_bytes=payload.numel()), payload))
 
     def wait_message(self) -> tuple[Header, torch.Tensor]:
         try:
-            return self._inbox.get(timeout=self._deadline_s)
+            header, payload = self._inbox.get(timeout=self._deadline_s)
         except queue.Empty:
             raise LinkError(f"no message within {self._deadline_s:g} s") from None
+        return header, to_device(payload, self._device)
 
 
 def _padded(size: int) -> int:

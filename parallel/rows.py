@@ -11,17 +11,19 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from distca.parallel.streams import to_device
 from distca.routes import ServerRoute, TrainerRoute
 
 Route = TypeVar("Route", TrainerRoute, ServerRoute)
 
 
 def on_device(route: Route, device: torch.device) -> Route:
-    """The same route with tensors on `device` for arrays, also in its links."""
-    return _with_tensors(replace(route, links=tuple(_with_tensors(at, device) for at in route.links)), device)
-
-
-def _with_tensors(at, device: torch.device):
-    arrays = {f.name: getattr(at, f.name) for f in fields(at)}
-    tables = {name: x for name, x in arrays.items() if isinstance(x, np.ndarray)}
-    return replace(at, **{name: torch.from_numpy(x).to(device) for name, x in tables.items()})
+    """The same route with tensors on `device` for arrays, also in its links. All go there in one copy."""
+    holders = [route, *route.links]
+    tables = [{f.name: x for f in fields(at) if isinstance(x := getattr(at, f.name), np.ndarray)} for at in holders]
+    arrays = [x for table in tables for x in table.values()]
+    if not arrays:
+        return route
+    there = iter(to_device(torch.from_numpy(np.concatenate(arrays)), device).split([len(x) for x in arrays]))
+    moved = [replace(at, **{name: next(there) for name in table}) for at, table in zip(holders, tables, strict=True)]
+    return replace(moved[0], links=tuple(moved[1:]))

@@ -13,6 +13,9 @@ its own, in the order in which all trainers make them.
 
 Plans are made ahead of the rows, from the same integers as the trainers', and a trainer whose digest differs is
 refused.
+
+On CUDA a server computes on the device's default stream, wherever it lives; rows that arrive are complete when they are
+filed, and answers are sent beside later kernels, once their own are done (`streams.py`).
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from distca.parallel.link import (
     unpack,
 )
 from distca.parallel.rows import on_device
+from distca.parallel.streams import keep, mark, running_on, side_stream, to_host
 from distca.plan import PlanInputs, combined_digest
 from distca.planner import plan_directions
 from distca.routes import ServerRoute, TrainerRows, routes_of
@@ -101,6 +105,7 @@ class AttentionServer:
         self._waiting: dict[Key, dict[int, tuple[Header, torch.Tensor]]] = {}
         self._lost: dict[int, LinkError] = {}
         self._report, self._events = ServerReport(), []
+        self._planning, self._sending = side_stream(device), side_stream(device)
         self._plans: queue.SimpleQueue = queue.SimpleQueue()
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
         self._answers: queue.SimpleQueue = queue.SimpleQueue()
@@ -240,7 +245,8 @@ class AttentionServer:
 
     def _plan(self, rank: int, header: Header, payload: torch.Tensor) -> None:
         with self._trace.span("plan", f"micro-batch {header.step}"):
-            inputs = PlanInputs.from_words(payload.cpu().view(torch.int64).numpy())
+            with running_on(self._planning):  # not behind kernels: the payload is complete
+                inputs = PlanInputs.from_words(to_host(payload).view(torch.int64).numpy())
             routes = {}
             for rule in inputs.rules:
                 forward, backward = plan_directions(inputs, rule)
@@ -255,8 +261,16 @@ class AttentionServer:
         self.adopt(header.step, routes, header.call)
 
     def _compute(self, route: ServerRoute, header: Header, parts: dict[int, tuple[Header, torch.Tensor]]) -> None:
-        for at, answer in self._answer(route, header, parts, None):
-            self._answers.put((header, lambda at=at, answer=answer: self._reply(at, header, answer)))
+        answers = list(self._answer(route, header, parts, None))
+        computed = mark(self._device)
+        for at, answer in answers:
+            self._answers.put((header, lambda at=at, answer=answer: self._send(at, header, answer, computed)))
+
+    def _send(self, at: TrainerRows, header: Header, answer: list[Rows], computed: torch.cuda.Event | None) -> None:
+        """On the sending thread: not behind the kernels of later calls, which the default stream may have by now."""
+        with running_on(self._sending, computed):
+            self._reply(at, header, answer)
+            keep(self._sending, [x.of for x in answer])
 
     def _reply(self, at: TrainerRows, header: Header, answer: list[Rows]) -> None:
         with self._trace.span("send", f"answer to {header.name()}", rank=at.rank):

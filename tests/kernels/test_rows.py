@@ -51,6 +51,19 @@ def test_one_launch_moves_what_operators_do(dtype):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="would show that a GPU moves the right rows in one launch")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpu_moves_what_operators_do(dtype):
+    parts = [Part(*(x.to("cuda") for x in part)) for part in make_parts(dtype)]
+    for _ in range(20):  # the table of one launch may be where that of the launch before was
+        gather(parts)
+        back = [part._replace(x=torch.zeros_like(part.x)) for part in parts]
+        scatter(back)
+        found = [part.packed.cpu() for part in parts] + [part.x.cpu() for part in back]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, moved(False, dtype), strict=True))
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("gathers", [True, False])
 def test_the_launch_compiles_for_gpus_that_are_not_here(gathers, capability):

@@ -56,6 +56,28 @@ def test_distributed_attention_equals_dense_attention(ranks, pool, lengths):
     assert sum(s.take_report().calls for s in servers) >= 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="would show that calls stay exact when they, their rows and their answers share a GPU by streams",
+)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("pool", POOLS)
+def test_calls_on_a_gpu_equal_dense_attention(pool, backend):
+    """Large enough for kernels to be unfinished when the host goes on; several times, so that memory is used again."""
+    lengths, ranks, device = [3000, 1, 700, 999], 2, torch.device("cuda")
+    rows, pool = random_rows(sum(lengths), 8, 2, 64), POOLS[pool](ranks)
+    inputs = PlanInputs(np.array(lengths), (MaskRule(),), ranks, pool, 20_000, 128)
+    exchanges, servers = make_exchanges(ranks, pool, backend, device)
+    there, wanted = [x.to(device, torch.float32) for x in rows], dense_gradients(*rows, lengths)
+    for step in range(5):
+        got = attend_distributed(attention_of_ranks(exchanges, inputs, step, step, device), *there)
+        for a, b in zip(got, wanted, strict=True):
+            assert relative_error(a.cpu(), b) < 1e-4
+    reports = [s.take_report() for s in servers]
+    assert sum(r.calls for r in reports) >= 10 and all(r.busy_s > 0 for r in reports if r.calls)
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (7, 7), (7, 1)])
 @pytest.mark.parametrize("window", [0, 1, 50])

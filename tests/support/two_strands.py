@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from in_process import attention_of_ranks, make_exchanges
+from in_process import CPU, attention_of_ranks, make_exchanges
 
 from distca.masks import MaskRule
 from distca.parallel.attach import StrandedCausalLM
@@ -54,19 +54,20 @@ def make_module(dtype=torch.float32, **changes) -> StrandedCausalLM:
     return StrandedCausalLM(build_model(config, None, None, dtype, seed=0), 16).train()
 
 
-def make_batches(events: list[str], pool=None) -> list[dict]:
+def make_batches(events: list[str], pool=None, device=CPU, backend="reference") -> list[dict]:
     """A nano-batch for each of `LENGTHS`, on one rank with the servers of `pool`."""
     pool = pool or make_pool(1, 1, False)
-    (exchange,), _servers = make_exchanges(1, pool)
+    (exchange,), _servers = make_exchanges(1, pool, backend, device)
     batches = []
     for step, (name, lengths) in enumerate(zip("ab", LENGTHS, strict=True)):
         inputs = PlanInputs(np.array(lengths), (MaskRule(),), 1, pool, 20_000, 16)
-        sites = attention_of_ranks([exchange], inputs, step)
+        sites = attention_of_ranks([exchange], inputs, step, device=device)
         site = Noted(exchange, step, sites[0].routes).note_in(name, events)
         ids = torch.arange(sum(lengths)) * 7 % 96
         order = sites.tokens
         positions = torch.cat([torch.arange(length) for length in lengths])[order]
-        batches.append(dict(input_ids=ids[order], position_ids=positions, labels=(ids * 5 % 96)[order], distca=site))
+        rows = dict(input_ids=ids[order], position_ids=positions, labels=(ids * 5 % 96)[order])
+        batches.append({name: x.to(device) for name, x in rows.items()} | dict(distca=site))
     return batches
 
 
