@@ -126,7 +126,8 @@ class Compare:
     warmup: int = 1
     """Steps of each method before those, which do not count."""
     methods: str = ""
-    """Some of local,ulysses,all-gather,in-place,mixed,dedicated, with commas between; default: all."""
+    """Some of local,ulysses,all-gather,in-place,mixed,dedicated, with commas between, the last three also with -overlap
+    behind them; default: all."""
     servers: int | None = None
     """Dedicated attention servers of the mixed and the dedicated pool, processes or GPUs beside the trainers; default:
     parallel.servers of the run file."""

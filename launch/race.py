@@ -25,14 +25,18 @@ TITLES = {
     "ulysses": "Ulysses",
     "all-gather": "zigzag all-gather",
     "in-place": "DistCA in place",
+    "in-place-overlap": "DistCA in place, overlap",
     "mixed": "DistCA mixed",
+    "mixed-overlap": "DistCA mixed, overlap",
     "dedicated": "DistCA dedicated",
+    "dedicated-overlap": "DistCA dedicated, overlap",
 }
 POOLS = {
     "in-place": dict(servers=False, trainers_serve=True),
     "mixed": dict(servers=True, trainers_serve=True),
     "dedicated": dict(servers=True, trainers_serve=False),
 }
+OVERLAP = "-overlap"
 # relative; a gradient's norm sums what losses average, and backward rounds more often than forward
 LOSS_AGREES, NORM_AGREES = {"fp32": 1e-5, "bf16": 1e-3}, {"fp32": 1e-4, "bf16": 1e-2}
 BF16_FACTOR = 2.0  # what plain runs of half precision differ by, times this
@@ -57,6 +61,10 @@ class Method:
         return self.name in BASELINES
 
     @property
+    def overlaps(self) -> bool:
+        return self.settings.parallel.overlap == "on"
+
+    @property
     def workers(self) -> int:
         """Processes (on GPUs: GPUs) that it keeps busy."""
         return self.settings.parallel.trainers + (0 if self.is_baseline else self.settings.parallel.servers)
@@ -68,12 +76,13 @@ def methods_of(settings: RunSettings, asked: Sequence[str]) -> list[Method]:
         raise SettingsError(f"--methods {','.join(unknown)}: there are {', '.join(TITLES)}")
     servers, found = settings.parallel.servers, []
     for name in [name for name in TITLES if name in asked or not asked]:
-        pool = POOLS.get(name, POOLS["in-place"])
+        pool = POOLS.get(name.removesuffix(OVERLAP), POOLS["in-place"])
         if pool["servers"] and not servers:
             if asked:
                 raise SettingsError(f"--methods {name}: needs dedicated attention servers; give --servers N")
             continue
-        own = dict(servers=servers if pool["servers"] else 0, trainers_serve=pool["trainers_serve"])
+        overlap = "on" if name.endswith(OVERLAP) else "off"
+        own = dict(servers=servers if pool["servers"] else 0, trainers_serve=pool["trainers_serve"], overlap=overlap)
         found.append(Method(name, _with(settings, parallel=own)))
     return found
 
@@ -88,13 +97,15 @@ def refusing(methods: Sequence[Method], query_heads: Sequence[int], lengths: Seq
             refusal = next(filter(None, (baseline.refusal(query_heads, held, ranks) for held in lengths)), None)
             if not refusal and any(len(set(baseline.layout(held, ranks).rank)) < ranks for held in lengths):
                 refusal = "there are fewer documents than trainers"  # models of Transformers want a row at least
+        elif method.overlaps and method.settings.accumulation > 1:
+            refusal = "all share one engine, which with overlap would accumulate in fewer passes: race one micro-batch"
         found.append(Method(method.name, method.settings, refusal))
     return found
 
 
 def race_settings(settings: RunSettings, asked: Sequence[str], rounds: int) -> RunSettings:
     """What a race's workers are started with: as many servers as any method needs, weights that stay the same."""
-    settings = _with(settings, parallel=dict(trainers_serve=True))
+    settings = _with(settings, parallel=dict(trainers_serve=True, overlap="off"))
     servers = max(method.settings.parallel.servers for method in methods_of(settings, asked))
     optimizer = settings.train.optimizer.model_dump() | dict(learning_rate=0.0)
     steps = settings.train.steps + rounds + 1  # before the first with targets; the one prepared ahead of the end
@@ -230,7 +241,8 @@ class Race:
 
 def _settings_of(method: Method) -> str:
     parallel = method.settings.parallel
-    return f"parallel.servers: {parallel.servers} and parallel.trainers_serve: {str(parallel.trainers_serve).lower()}"
+    serve = str(parallel.trainers_serve).lower()
+    return f"parallel.servers: {parallel.servers}, trainers_serve: {serve} and overlap: {parallel.overlap}"
 
 
 def _with_workers(method: Method) -> str:

@@ -20,6 +20,7 @@ from distca.launch.data import Rows
 from distca.launch.server import DedicatedServer, Meeting, backend_of, pool_of
 from distca.launch.trainer import PlanSummary, Trainer
 from distca.order import Cursor, Pieces
+from distca.overlap import Decision
 from distca.parallel.baselines import BASELINES, Baseline
 from distca.parallel.core_attention import Exchange
 
@@ -73,6 +74,7 @@ class PoolTrainer(Trainer):
 
     def enter(self, method: str) -> None:
         self._pool, self._store = pool_of(self._settings), dist.PrefixStore(method, self._store)
+        self._overlap = Decision(self._settings.parallel.overlap == "on", "raced")
         self._join_servers()
 
 

@@ -79,16 +79,25 @@ def test_pools_with_dedicated_servers_take_part_where_there_are_some(tmp_path):
     methods = methods_of(settings_of(tmp_path), ())
     assert [(m.name, m.workers) for m in methods] == [
         *(("local", 2), ("ulysses", 2), ("all-gather", 2)),
-        *(("in-place", 2), ("mixed", 3), ("dedicated", 3)),
+        *(("in-place", 2), ("in-place-overlap", 2), ("mixed", 3), ("mixed-overlap", 3)),
+        *(("dedicated", 3), ("dedicated-overlap", 3)),
     ]
+    assert [m.name for m in methods if m.overlaps] == ["in-place-overlap", "mixed-overlap", "dedicated-overlap"]
     pools = {m.name: (m.settings.parallel.servers, m.settings.parallel.trainers_serve) for m in methods}
     assert (pools["in-place"], pools["mixed"], pools["dedicated"]) == ((0, True), (1, True), (1, False))
     alone = settings_of(tmp_path, parallel={"trainers": 2})
-    assert [m.name for m in methods_of(alone, ())] == ["local", "ulysses", "all-gather", "in-place"]
+    assert [m.name for m in methods_of(alone, ()) if not m.is_baseline] == ["in-place", "in-place-overlap"]
     with pytest.raises(SettingsError, match="--methods mixed: needs dedicated attention servers; give --servers N"):
         methods_of(alone, ["mixed"])
     with pytest.raises(SettingsError, match="--methods ring: there are local, ulysses"):
         methods_of(alone, ["ring", "local"])
+
+
+def test_overlap_races_where_it_leaves_the_engine_as_it_is(tmp_path):
+    several = settings_of(tmp_path, train={"accumulation": 2})
+    held = [np.array([64, 64])]
+    told = {m.name: m.refusal for m in refusing(methods_of(several, ["in-place", "in-place-overlap"]), [8], held)}
+    assert told["in-place"] is None and "race one micro-batch" in told["in-place-overlap"]
 
 
 def test_servers_that_no_method_uses_are_not_started(tmp_path):
@@ -174,9 +183,9 @@ def test_the_table_is_legible_in_80_columns(race):
 
 def test_the_advice_says_what_to_set_and_does_not_hide_workers(race):
     assert race.advice() == (
-        "Set parallel.servers: 0 and parallel.trainers_serve: true (DistCA in place with 2 workers): 1.25 times as "
-        "fast as Ulysses, the fastest of the others. 1.14 times as fast as that is DistCA mixed with 3 workers: "
-        "parallel.servers: 1 and parallel.trainers_serve: true."
+        "Set parallel.servers: 0, trainers_serve: true and overlap: off (DistCA in place with 2 workers): 1.25 times "
+        "as fast as Ulysses, the fastest of the others. 1.14 times as fast as that is DistCA mixed with 3 workers: "
+        "parallel.servers: 1, trainers_serve: true and overlap: off."
     )
     slower = replace(race, times=[*race.times[:2], Times(race.times[2].method, [2.0, 4.0, 3.0])])
     assert "its steps take 2.00 times as long as those of Ulysses" in slower.advice()
