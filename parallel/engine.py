@@ -9,8 +9,9 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import wraps
 from glob import has_magic
 from io import StringIO
 from pathlib import Path
@@ -141,14 +142,14 @@ class PlainEngine:
 
     def __init__(self, module: torch.nn.Module, settings: RunSettings, device: torch.device, passes: int):
         self._module = module.to(device)
+        for part in module.modules():  # each for itself: layers are recomputed where no mode of the caller's holds
+            part.forward = _in_fp64(part.forward)
 
     def forward(self, nano_batches: list[dict]) -> torch.Tensor:
-        with Fp64Throughout():
-            return self._module(nano_batches)
+        return self._module(nano_batches)
 
     def backward(self, summed_loss: torch.Tensor, targets_in_step: int) -> None:
-        with Fp64Throughout():  # recomputed layers run here
-            (summed_loss / targets_in_step).backward()
+        (summed_loss / targets_in_step).backward()
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         gradients = {}
@@ -160,6 +161,15 @@ class PlainEngine:
 
     def weights_are_finite(self) -> bool:
         return _are_finite(self._module)
+
+
+def _in_fp64(forward: Callable) -> Callable:
+    @wraps(forward)
+    def widened(*arguments, **keywords):
+        with Fp64Throughout():
+            return forward(*arguments, **keywords)
+
+    return widened
 
 
 TAG = "deepspeed"
