@@ -48,6 +48,7 @@ def _errors() -> tuple[dict[str, float], list[float]]:
 
     from distca.launch.trainer import MicroBatch, Trainer
     from distca.parallel.engine import Engine, PlainEngine
+    from distca.trace import Trace
 
     _complete(get_accelerator())
     pool, errors, norms = make_pool(1, 1, False), {}, []
@@ -68,6 +69,7 @@ def _errors() -> tuple[dict[str, float], list[float]]:
 
     trainer, batches = object.__new__(Trainer), make_batches([], pool, CUDA, "reference")
     trainer._engine, trainer._device = PlainEngine(_on_device(torch.float64), _settings(0), CUDA, 1), CUDA
+    trainer._trace = Trace()
     nano_batches = []
     for batch in batches:
         attention = batch["distca"]
