@@ -46,6 +46,15 @@ class Bands:
         """The bands as (q0, q1, k0, k1, lo, hi) in Python integers, in order: what `of` took."""
         return list(zip(*(getattr(self, f.name).tolist() for f in fields(self)), strict=True))
 
+    def to_bytes(self) -> bytes:
+        """For those who keep what they have made of a task list: equal bands, equal bytes."""
+        return np.stack([getattr(self, f.name) for f in fields(self)]).tobytes()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Bands:
+        """What `to_bytes` was called on; its columns cannot be written to."""
+        return Bands(*np.frombuffer(data, np.int64).reshape(6, -1))
+
     def __len__(self) -> int:
         return len(self.q0)
 

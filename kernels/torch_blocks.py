@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -231,12 +232,17 @@ def _is_written(work: Batches, rows: bool) -> bool:
 
 def batches_of(tasks: Bands, num_rows: int, num_keys: int, batched: bool) -> Batches:
     """Which tiles share an operator call; with `batched` = False none does."""
-    bands = tighten(tasks)
+    return _batches_of(tasks.to_bytes(), num_rows, num_keys, batched)
+
+
+@lru_cache(maxsize=64)  # a micro-batch's layers share their tasks
+def _batches_of(tasks: bytes, num_rows: int, num_keys: int, batched: bool) -> Batches:
+    bands = tighten(Bands.from_bytes(tasks))
     bands = bands[bands.q1 > bands.q0]
     lengths = bands.q1 - bands.q0
     is_short = (lengths <= SHORT_ROWS) & (bands.k1 - bands.k0 == lengths) & (bands.hi == 0) & (bands.lo <= 1 - lengths)
     is_short &= batched & _own(bands.q0, bands.q1, num_rows) & _own(bands.k0, bands.k1, num_keys)
-    short, rest = bands[is_short], [tile for band in bands[~is_short].rows() for tile in _split(Tile(*band))]
+    short, rest = bands[is_short], list(tiles(bands[~is_short]))
     q0, q1, k0, k1 = np.array([tile[:4] for tile in rest], np.int64).reshape(-1, 4).T
     own = zip(_own(q0, q1, num_rows).tolist(), _own(k0, k1, num_keys).tolist(), strict=True)
     singles = [

@@ -19,11 +19,10 @@ Kernels run on CUDA, and on a CPU in Triton's interpreter (TRITON_INTERPRET=1), 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -177,8 +176,7 @@ def _launch(
     on_gpu = q_SHD.device.type == "cuda"
     capability = torch.cuda.get_device_capability(q_SHD.device) if on_gpu else None
     variant = variant_of(kernel, head_dim, q_SHD.dtype, softcap > 0, capability, triton.__version__)
-    columns = np.stack([getattr(tasks, f.name) for f in fields(tasks)]).tobytes()
-    items, entries = _list_on(q_SHD.device, kernel, columns, num_rows, num_keys, num_groups, variant)
+    items, entries = _list_on(q_SHD.device, kernel, tasks.to_bytes(), num_rows, num_keys, num_groups, variant)
     programs = len(items) * (1 if kernel == "dkdv" else num_heads // num_groups)
     if not programs:
         return
@@ -206,7 +204,7 @@ def _list_on(
     device: torch.device, kernel: str, columns: bytes, num_rows: int, num_keys: int, num_groups: int, variant: Variant
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The work list of a kernel, on its device: items (N, 4) and entries (E, 8)."""
-    tasks = Bands(*np.frombuffer(columns, np.int64).reshape(6, -1))
+    tasks = Bands.from_bytes(columns)
     if kernel == "dkdv":
         work = work_list(transpose(tasks), num_keys, num_groups, variant.block_k, variant.block_q)
     else:
