@@ -42,7 +42,7 @@ from distca.parallel.link import (
     Rows,
     unpack,
 )
-from distca.parallel.server import REQUEST_ROWS, AttentionServer, reply_shapes
+from distca.parallel.server import REQUESTS, AttentionServer, reply_shapes, rows_for
 from distca.parallel.strands import hand_over
 from distca.plan import PlanInputs
 from distca.routes import ServerRows, TrainerRoute
@@ -72,7 +72,7 @@ class BegunCall:
 
     header: Header
     route: TrainerRoute
-    rows: list[torch.Tensor]  # see REQUEST_ROWS
+    rows: list[torch.Tensor]  # see REQUESTS
     sent_at: float
     at_home: tuple[torch.Tensor, ...] | None = None  # results of the tasks at home
     served: bool = False
@@ -114,7 +114,7 @@ class Exchange:
         for at in route.links:
             if not self._is_own(at):
                 with self._trace.span("send", header.name(), server=at.server):
-                    self.links[at.server].send(header, _rows_for(at, rows))
+                    self.links[at.server].send(header, rows_for(at, REQUESTS[header.kind], rows))
         sent_at = time.perf_counter()
         self.statistics.send_s += sent_at - start
         self.statistics.calls += 1
@@ -149,14 +149,14 @@ class Exchange:
         self.own.wait_rows(call.header)
         self.statistics.wait_s += time.perf_counter() - start
         at = next((at for at in call.route.links if self._is_own(at)), None)
-        own = [x.of.index_select(0, x.index) for x in _rows_for(at, call.rows)] if at else None
+        own = [x.gathered() for x in rows_for(at, REQUESTS[call.header.kind], call.rows)] if at else None
         call.own, call.served = self.own.serve_call(call.header, own), True
 
     def _wait_results(self, call: BegunCall) -> Iterator[tuple[ServerRows, list[torch.Tensor]]]:
         header = call.header
         for at in call.route.links:
             if self._is_own(at):
-                yield at, [x.of.index_select(0, x.index) for x in call.own]
+                yield at, [x.gathered() for x in call.own]
                 continue
             start = time.perf_counter()
             with self._trace.span("wait", header.name(), server=at.server):
@@ -185,12 +185,6 @@ class Exchange:
             raise LinkError(
                 f"rank {self.rank} has lost attention server {server}, or a trainer whose rows it waits for: {error}"
             ) from None
-
-
-def _rows_for(at: ServerRows, rows: list[torch.Tensor]) -> list[Rows]:
-    """What a server needs of a call's rows. Its adjoint is `collect`."""
-    names = zip(REQUEST_ROWS, rows, strict=False)
-    return [Rows(row, at.kv_rows if name in ("k", "v") else at.q_rows) for name, row in names]
 
 
 def collect(home: torch.Tensor, rows: torch.Tensor, part: torch.Tensor) -> torch.Tensor:

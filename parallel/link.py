@@ -6,12 +6,10 @@ payload:
     | header 160 B: kind, step, call, digest, shapes, scale, payload bytes, checksums | payload: tensors, each at 16 B |
 
 A checksum covers every byte of both: a wrong scale would be as silent as a wrong row. Nothing on the wire is pickled.
-`LocalLink` has the same three methods for a trainer and a server in one process.
 """
 
 from __future__ import annotations
 
-import queue
 import struct
 import threading
 import zlib
@@ -121,6 +119,9 @@ class Rows(NamedTuple):
     @property
     def num_bytes(self) -> int:
         return self.shape.numel() * self.of.element_size()
+
+    def gathered(self) -> torch.Tensor:
+        return self.of if self.index is None else self.of.index_select(0, self.index)
 
 
 class Link(Protocol):
@@ -275,39 +276,6 @@ class GroupLink:
             with running_on(stream):  # which may write to the buffers again, and so waits until NCCL has read them
                 for work in works:
                     work.wait(self._timeout)
-
-
-class LocalLink:
-    """A link inside one process. Rows are copied, as over a wire, so that neither end sees the other's later
-    changes; those of a GPU by way of the host, as over Gloo."""
-
-    def __init__(
-        self,
-        inbox: queue.SimpleQueue,
-        outbox: queue.SimpleQueue,
-        deadline_s: float | None = None,
-        device: torch.device | None = None,
-    ):
-        self._inbox, self._outbox, self._deadline_s = inbox, outbox, deadline_s
-        self._device = device or torch.device("cpu")
-        self.bytes_sent = self.bytes_received = 0  # nothing crosses a wire
-
-    @staticmethod
-    def pair(deadline_s: float | None = None, device: torch.device | None = None) -> tuple[LocalLink, LocalLink]:
-        """The trainer's end, which gives up after `deadline_s`, and the server's, which never does."""
-        there, back = queue.SimpleQueue(), queue.SimpleQueue()
-        return LocalLink(back, there, deadline_s, device), LocalLink(there, back, device=device)
-
-    def send(self, header: Header, tensors: Sequence[torch.Tensor | Rows] = ()) -> None:
-        payload = to_host(pack(tensors))
-        self._outbox.put((replace(header, payload_bytes=payload.numel()), payload))
-
-    def wait_message(self) -> tuple[Header, torch.Tensor]:
-        try:
-            header, payload = self._inbox.get(timeout=self._deadline_s)
-        except queue.Empty:
-            raise LinkError(f"no message within {self._deadline_s:g} s") from None
-        return header, to_device(payload, self._device)
 
 
 def _padded(size: int) -> int:

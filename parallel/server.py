@@ -53,7 +53,7 @@ from distca.parallel.rows import on_device
 from distca.parallel.streams import keep, mark, running_on, side_stream, to_host
 from distca.plan import PlanInputs, combined_digest
 from distca.planner import plan_directions
-from distca.routes import ServerRoute, TrainerRows, routes_of
+from distca.routes import ServerRoute, ServerRows, TrainerRows, routes_of
 from distca.trace import Trace
 
 # Shape suffixes: S rows of queries on the server, C rows of keys on the server, H query heads, G key/value heads, D
@@ -135,7 +135,7 @@ class AttentionServer:
             self._routes = {n: routes for n, routes in self._routes.items() if n >= self._oldest}
             self._waiting = {key: parts for key, parts in self._waiting.items() if key[0] >= self._oldest}
             for key in [key for key in self._waiting if key[0] == step]:
-                self._hand_over(key)
+                self._start_if_ready(key)
             self._changed.notify_all()
 
     def take_report(self) -> ServerReport:
@@ -163,12 +163,13 @@ class AttentionServer:
             return (attend if header.kind == FORWARD else attend_backward)(*rows, tasks, **options)
 
     def route_of(self, header: Header) -> ServerRoute:
-        """What a call needs here, in place: whether anything, and of whom."""
+        """What a call needs here: whether anything, and of whom."""
         return self._routes[header.step][header.window][header.kind == BACKWARD]
 
     def is_ready(self, header: Header) -> bool:
         """Whether the rows of all other trainers are here."""
-        return len(self._waiting.get(header.key(), ())) == self._expected(self.route_of(header))
+        others = sum(at.rank != self.rank for at in self.route_of(header).links)
+        return len(self._waiting.get(header.key(), ())) == others
 
     def serve_call(self, header: Header, own: list[torch.Tensor] | None) -> list[Rows]:
         """Compute a call whose rows `wait_rows` has seen and answer the other trainers; the answer to one's `own` rows,
@@ -196,9 +197,6 @@ class AttentionServer:
             for rank in sorted(missing()):
                 cause = f": {self._lost[rank]}" if rank in self._lost else f" within {self._deadline_s:g} s"
                 raise LinkError(f"rank {self.rank} has no rows of trainer {rank} for {header.name()}{cause}")
-
-    def _expected(self, route: ServerRoute) -> int:
-        return sum(at.rank != self.rank for at in route.links)
 
     def _listen(self, rank: int, link: Link) -> None:
         try:
@@ -228,20 +226,19 @@ class AttentionServer:
                 f"trainer {rank} calls micro-batch {header.step}, which all trainers had left by {self._oldest}"
             )
             self._waiting.setdefault(header.key(), {})[rank] = (header, payload)
-            self._hand_over(header.key())
+            self._start_if_ready(header.key())
             self._changed.notify_all()
 
-    def _hand_over(self, key: Key) -> None:
+    def _start_if_ready(self, key: Key) -> None:
         """A dedicated server's computing thread gets the call, if its plan and rows are here."""
         routes, parts = self._routes.get(key[0]), self._waiting[key]
         if self.rank is not None or routes is None:
             return
         header = next(iter(parts.values()))[0]
         assert header.window in routes, f"{header.name()} asks for window {header.window}, which nobody has announced"
-        route = routes[header.window][header.kind == BACKWARD]
-        if len(parts) == self._expected(route):
+        if self.is_ready(header):
             del self._waiting[key]
-            self._ready.put((header, lambda: self._compute(route, header, parts)))
+            self._ready.put((header, lambda: self._compute(self.route_of(header), header, parts)))
 
     def _plan(self, rank: int, header: Header, payload: torch.Tensor) -> None:
         with self._trace.span("plan", f"micro-batch {header.step}"):
@@ -291,10 +288,8 @@ class AttentionServer:
             )
             assert other.asks_the_same(header), f"trainer {rank} calls another layer: {other}, not {header}"
         results = self.attend(header, self._assemble(route, header, parts, own), route.tasks)
-        is_kv = (False, False) if header.kind == FORWARD else (False, True, True)  # out, lse; dq, dk, dv
         for at in route.links:
-            rows = [Rows(x, at.kv_rows if kv else at.q_rows) for x, kv in zip(results, is_kv, strict=True)]
-            yield at, rows
+            yield at, rows_for(at, RESULTS[header.kind], results)
 
     def _assemble(
         self,
@@ -315,8 +310,8 @@ class AttentionServer:
                 received = own
             else:
                 received = unpack(parts[at.rank][1], request_shapes(header, len(at.q_rows), len(at.kv_rows)))
-            index = [at.kv_rows if name in ("k", "v") else at.q_rows for name in REQUEST_ROWS[: len(whole)]]
-            scatter([Part(*moved) for moved in zip(whole, index, received, strict=True)])
+            places = rows_for(at, REQUESTS[header.kind], whole)
+            scatter([Part(*place, part) for place, part in zip(places, received, strict=True)])
         return whole
 
     @contextmanager
@@ -360,7 +355,16 @@ def _work_forever(tasks: queue.SimpleQueue, fail: Callable[[Header, Exception], 
             fail(header, error)
 
 
-REQUEST_ROWS = ("q", "k", "v", "lse", "delta", "d_out")  # the order on the wire; forward requests end after v
+# what a request and its answer hold, in their order on the wire
+REQUESTS = {FORWARD: ("q", "k", "v"), BACKWARD: ("q", "k", "v", "lse", "delta", "d_out")}
+RESULTS = {FORWARD: ("out", "lse"), BACKWARD: ("dq", "dk", "dv")}
+OF_KEYS = {"k", "v", "dk", "dv"}
+
+
+def rows_for(at: ServerRows | TrainerRows, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> list[Rows]:
+    """Those rows of each tensor that go to the other side, or come from it. At home its adjoint is `collect`."""
+    named = zip(names, tensors, strict=True)
+    return [Rows(x, at.kv_rows if name in OF_KEYS else at.q_rows) for name, x in named]
 
 
 def request_shapes(header: Header, num_q: int, num_kv: int) -> list[tuple[tuple[int, ...], torch.dtype]]:

@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from local_link import LocalLink
 
 from distca.parallel import link as link_module
-from distca.parallel.link import FORWARD, PLAN, REPLY, Damaged, Header, Link, LinkError, LocalLink, pack, unpack
+from distca.parallel.link import FORWARD, PLAN, REPLY, Damaged, Header, Link, LinkError, pack, unpack
 from distca.parallel.nixl_link import NixlLink
 from distca.parallel.transport import Transport, make_transport
 from distca.transports import nixl_package

@@ -10,10 +10,11 @@ import pytest
 import torch
 from dense import dense_attention
 from in_process import Sites, attend_distributed, attention_of_ranks, make_exchanges
+from local_link import LocalLink
 from torch.utils.checkpoint import checkpoint
 
 from distca.masks import MaskRule
-from distca.parallel.link import FAILURE, FORWARD, Damaged, Header, LinkError, LocalLink
+from distca.parallel.link import FAILURE, FORWARD, Damaged, Header, LinkError
 from distca.parallel.server import AttentionServer
 from distca.plan import PlanInputs, make_pool
 
@@ -91,6 +92,18 @@ def test_a_trainer_that_serves_does_not_wait_for_one_that_has_left():
     q, k, v, _ = rows(tokens=80)
     here = sites.tokens[:40]
     with pytest.raises(LinkError, match="rank 0 has no rows of trainer 1 .*: it has left"):
+        sites[0](q[here], k[here], v[here], MaskRule(), 1.0)
+
+
+def test_a_trainer_that_serves_gives_one_that_hangs_up_at_its_deadline():
+    pool = make_pool(2, 0, True)
+    inputs = PlanInputs(np.array([80]), (MaskRule(),), 2, pool, 0, 16)
+    exchanges, servers = make_exchanges(2, pool)
+    sites = attention_of_ranks(exchanges, inputs)
+    servers[0]._deadline_s = 0.2
+    q, k, v, _ = rows(tokens=80)
+    here = sites.tokens[:40]
+    with pytest.raises(LinkError, match=r"rank 0 has no rows of trainer 1 for forward call 0 .* within 0\.2 s"):
         sites[0](q[here], k[here], v[here], MaskRule(), 1.0)
 
 

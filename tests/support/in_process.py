@@ -4,11 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from local_link import LocalLink
 
 from distca.arrays import ranges
 from distca.masks import MaskRule
 from distca.parallel.core_attention import CoreAttention, Exchange
-from distca.parallel.link import LocalLink
 from distca.parallel.rows import on_device
 from distca.parallel.server import AttentionServer
 from distca.plan import PlanInputs, combined_digest
