@@ -30,7 +30,7 @@ def settings_of(folder, lengths=(60, 20, 40, 7, 1), asked=(), **sections):
 
 def raced(settings, steps=2):
     """Per method: every round's mean loss and gradient norm."""
-    methods = methods_of(settings, ())
+    methods = [method for method in refusing(methods_of(settings, ()), [], []) if not method.refusal]
     with Team(settings, Racer, server=RacingServer) as team:
         for method in methods:
             team.ask([*team.trainers, *team.servers], "enter", method.name, method.settings)
@@ -57,7 +57,8 @@ def raced(settings, steps=2):
 def test_every_method_computes_the_same_step_and_changes_no_weight(tmp_path, lengths, sections):
     """The documents are one epoch, so every step has the same loss if the weights stay what they are."""
     race = raced(settings_of(tmp_path, lengths, **sections))
-    assert [times.method.name for times in race.times] == list(TITLES)
+    alone = [name for name in TITLES if not name.endswith("-overlap")]  # who shares an engine that accumulates
+    assert [times.method.name for times in race.times] == (alone if "train" in sections else list(TITLES))
     assert race.disagreements() == []
     if "train" not in sections:
         losses = [loss for times in race.times for loss in times.losses]
