@@ -53,9 +53,18 @@ def out_with_delta(d_out_SHD: torch.Tensor, delta_SH: torch.Tensor) -> torch.Ten
     PyTorch's operators use `out` for nothing else, and this spares sending it to the servers. It is the projection of
     out on d_out, so never longer than out; its row sum has terms of one sign, so rounding to bf16 costs it little."""
     wide_SHD = d_out_SHD.to(delta_SH.dtype)
-    top_SH1 = torch.linalg.vector_norm(wide_SHD, ord=1, dim=-1, keepdim=True)
-    top_SH1 = top_SH1.clamp_min_(torch.finfo(delta_SH.dtype).tiny)
-    unit_SHD = wide_SHD / top_SH1  # so that the squares of tiny gradients do not vanish
-    length_SH1 = torch.linalg.vector_norm(unit_SHD, dim=-1, keepdim=True)
-    length_SH1 = length_SH1.masked_fill_(length_SH1 == 0, 1.0)  # where d_out is 0
-    return unit_SHD.mul_(delta_SH[..., None] / top_SH1 / length_SH1.square()).to(d_out_SHD.dtype)
+    length_SH = _length(wide_SHD)
+    length_SH = length_SH.masked_fill_(length_SH == 0, 1.0)  # where d_out is 0
+    return (wide_SHD * (delta_SH / length_SH / length_SH)[..., None]).to(d_out_SHD.dtype)
+
+
+def _length(x_SHD: torch.Tensor) -> torch.Tensor:
+    """2-norm of every row, of tiny and huge ones too, whose squares leave the range of their dtype."""
+    if x_SHD.device.type == "cuda":
+        return torch.linalg.vector_norm(x_SHD, dim=-1, dtype=torch.float64).to(x_SHD.dtype)
+    length_SH, limits = torch.linalg.vector_norm(x_SHD, dim=-1), torch.finfo(x_SHD.dtype)
+    least = limits.tiny**0.5 / limits.eps  # what vanishes of a longer row is below its rounding
+    is_odd = ~((length_SH > least) & (length_SH < limits.max**0.5))
+    if is_odd.any():
+        length_SH[is_odd] = torch.linalg.vector_norm(x_SHD[is_odd].double(), dim=-1).to(x_SHD.dtype)
+    return length_SH

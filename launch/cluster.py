@@ -65,7 +65,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distca.errors import SettingsError, TryAgain, UserError
-from distca.launch.forkserver import ForkServer
+from distca.launch.forkserver import ALLOCATOR, ForkServer
 from distca.launch.keeper import keeping
 from distca.launch.limits import enough_allowed
 from distca.launch.parent import guard_parent
@@ -189,7 +189,8 @@ def start_ray(
     assert threading.current_thread() is threading.main_thread(), "Ray is started from the main thread"
     logs = Path(run_folder).resolve() / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    worker_env = {"OMP_NUM_THREADS": str(threads), **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}), **(env or {})}
+    worker_env = {name: os.environ.get(name, value) for name, value in ALLOCATOR.items()}
+    worker_env |= {"OMP_NUM_THREADS": str(threads), **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}), **(env or {})}
     address = os.environ.get("RAY_ADDRESS", "local")
     own = address in ("", "local")
     if own:

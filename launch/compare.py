@@ -25,7 +25,7 @@ def race_lengths(text: str, settings: RunSettings) -> np.ndarray:
     size = int(number) if number.isdigit() else 0
     if text == "long-half":
         half = tokens // 2
-        return np.append(half, draw_lengths("short", max(1, half), tokens - half, settings.seed))
+        return np.append(half, draw_lengths("short", max(1, tokens // 16), tokens - half, settings.seed))
     if text == "heavy-tail":
         return draw_lengths("heavy-tail", per_rank, tokens, settings.seed)
     if kind == "equal" and 0 < size <= tokens:

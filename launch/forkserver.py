@@ -45,6 +45,9 @@ PRELOADED = (
 )
 START_WORKER = Path(__file__).with_name("start_worker.py")
 ALONE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # imports start no threads, and see no GPU
+# A step frees large buffers and asks for the same ones again: glibc keeps them, instead of having the kernel clear
+# every page anew. It reads this when a process starts, so forks have their server's.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 PART_BYTES = 1 << 16
 
 
@@ -81,7 +84,7 @@ def forkserver(device: str = "auto", preloaded: Sequence[str] = PRELOADED) -> It
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with deaf(), theirs:
         command = [sys.executable, "-m", __name__, str(os.getpid()), *preloaded]
-        process = subprocess.Popen(command, env=os.environ | ALONE, stdin=theirs, **quiet)
+        process = subprocess.Popen(command, env=ALLOCATOR | os.environ | ALONE, stdin=theirs, **quiet)
     try:
         yield ForkServer(process, ours)
     finally:

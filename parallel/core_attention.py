@@ -12,6 +12,7 @@ reversed. A trainer that serves computes in this order, on one thread, which is 
 
     tasks at home  |  its share of the call, for others  |  what is there of calls begun since  |  wait, merge
 
+with the first two the other way round where all rows for its share are there already: the others are ahead, and wait.
 No trainer leaves a call before it has done its share, so nobody waits for one that waits elsewhere.
 """
 
@@ -124,6 +125,8 @@ class Exchange:
         """Attend what is at home and what others need, then wait: the call, and each server's rows of its results, in
         the plan's order of servers, whatever order they arrive in."""
         call = self._begun.pop(header.key())
+        if self.own and self.own.is_ready(header):  # the others are ahead, and wait
+            self._serve(call)
         self._attend_home(call)
         self._serve(call)
         for other in self._begun.values():
