@@ -116,7 +116,8 @@ class Padded:
         return taken_P.unflatten(0, self.rows.shape)
 
     def put(self, x_S: torch.Tensor, part_BQ: torch.Tensor) -> None:
-        x_S.index_copy_(0, self.rows.flatten()[self.real], part_BQ.flatten(0, 1).index_select(0, self.real))
+        part_P = part_BQ.flatten(0, 1).index_select(0, self.real)
+        x_S.index_copy_(0, self.rows.flatten()[self.real], part_P.to(x_S.dtype))
 
 
 @dataclass(frozen=True, slots=True)

@@ -464,12 +464,12 @@ def place(cluster: Cluster, num_workers: int, *, timeout_s: float, gpus: bool = 
     Waits aloud while somebody else has them. Raises `TryAgain` after `timeout_s`; `SettingsError` at once where our own
     Ray can never have them.
     """
-    have = ray.cluster_resources()
+    have, hosts = ray.cluster_resources(), [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     num_gpus = num_workers if gpus else 0
     if cluster.own and have.get("GPU", 0) < num_gpus:
         raise SettingsError(_missing(num_workers, num_gpus, have, "this machine"))
     # CPUs are counted to be fair to others, not exactly: with too few, workers are slow, but they start.
-    num_cpus = max(0.01, min(float(threads), int(100 * have.get("CPU", 0) / num_workers) / 100))
+    num_cpus = min(float(threads), cpu_share(hosts, num_workers))
     bundle = {"CPU": num_cpus, **({"GPU": 1} if gpus else {})}
     group = placement_group([bundle] * num_workers, strategy="PACK")
     start = time.monotonic()
@@ -488,6 +488,14 @@ def place(cluster: Cluster, num_workers: int, *, timeout_s: float, gpus: bool = 
             _amount(free.get("GPU", 0) if gpus else 0, free.get("CPU", 0)),
         )
     return Placement(cluster, group, num_cpus, int(gpus))
+
+
+def cpu_share(hosts: Sequence[float], num_workers: int) -> float:
+    """The most CPUs, in hundredths, that each of the workers can have on hosts of so many CPUs; 0.01 where there are
+    none to share. A worker is on one host."""
+    shares = {int(100 * cpus / n) for cpus in hosts for n in range(1, num_workers + 1)}
+    fitting = [share for share in shares if share and sum(int(100 * cpus) // share for cpus in hosts) >= num_workers]
+    return max(fitting, default=1) / 100
 
 
 def _missing(num_workers: int, num_gpus: int, have: Mapping[str, float], where: str) -> str:

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -113,7 +114,7 @@ def transport_of(
     """What opens this worker's links."""
     p = settings.parallel
     num_workers = p.trainers + p.servers
-    kind, address = choose_transport(p.transport, num_workers), _own_address(meeting)
+    kind, address = choose_transport(p.transport, num_workers), own_address(meeting)
     return make_transport(kind, store, worker, num_workers, address, p.deadline_s, device)
 
 
@@ -123,11 +124,17 @@ def open_link(transport: Transport, rank: int, server: int, end: int, settings: 
     return transport.open(peer, f"{rank}-{server}", end)
 
 
-def _own_address(meeting: Meeting) -> str:
+def own_address(meeting: Meeting) -> str:
     """The address of this machine that the others reach: the one it uses towards the driver."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         s.connect((meeting.host, meeting.port))  # sends nothing
         return s.getsockname()[0]
+
+
+def own_interface(meeting: Meeting) -> str:
+    """The name of the network interface that has `own_address`."""
+    address = own_address(meeting)
+    return next(name for name, has in psutil.net_if_addrs().items() if any(a.address == address for a in has))
 
 
 def rss_mib() -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +34,7 @@ from distca.launch.server import (
     first_meetings,
     in_turn,
     open_link,
+    own_interface,
     pool_of,
     rss_mib,
     transport_of,
@@ -135,8 +135,9 @@ class Trainer:
         self._device = torch.device(device)
         parallel, self._pool = settings.parallel, pool_of(settings)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(parallel.trainers), LOCAL_RANK="0")  # what DeepSpeed reads
-        if meeting.host == LOOPBACK:  # Gloo would take the address that the machine's name stands for
-            os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # or they would take what the host's name stands for
+            if meeting.host == LOOPBACK or name not in os.environ:
+                os.environ[name] = own_interface(meeting)
         self._store = connect_store(meeting.host, meeting.port, parallel.start_timeout_s)
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         dist.init_process_group(

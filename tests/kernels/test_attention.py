@@ -102,16 +102,26 @@ def packed_documents(draw) -> Problem:
         for _ in range(count):
             tasks.append((row, row + length, key, key + before + length, window + before, before))
             row, key = row + length + gap, key + before + length + gap
+    if draw(st.booleans()):  # rows with keys in two tasks
+        tasks += [(row, row + 10, key, key + 6, NONE, ALL), (row, row + 10, key + 6, key + 16, NONE, 0)]
+        row, key = row + 10, key + 16
     order = draw(st.permutations(range(len(tasks))))
     return Problem.of(Bands.of(*(tasks[i] for i in order)), row, key, draw(st.sampled_from(HEADS)), head_dim=4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @settings(max_examples=40, deadline=None)
 @given(problem=packed_documents())
-def test_packed_documents_equal_the_reference(problem):
+def test_packed_documents_equal_the_reference(dtype, problem):
+    problem = problem.to(dtype)
     with nan_memory():
         found = problem.run("torch")
-    assert_close(found, problem.run("reference"))
+    expected = problem.run("reference")
+    if dtype == torch.float64:
+        return assert_close(found, expected)
+    for x, y in zip(found, expected, strict=True):
+        x, y = (t.double().masked_fill(t == -torch.inf, 0.0) for t in (x, y))  # -inf: lse of a row that sees nothing
+        assert (x - y).norm() <= 0.05 * y.norm() + 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

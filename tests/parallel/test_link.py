@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from local_link import LocalLink
 
 from distca.parallel import link as link_module
-from distca.parallel.link import FORWARD, PLAN, REPLY, Damaged, Header, Link, LinkError, pack, unpack
+from distca.parallel.link import BACKWARD, FORWARD, PLAN, REPLY, Damaged, Header, Link, LinkError, pack, unpack
 from distca.parallel.nixl_link import NixlLink
 from distca.parallel.transport import Transport, make_transport
 from distca.transports import nixl_package
@@ -239,6 +239,7 @@ def _answer(link: Link, taken: queue.SimpleQueue) -> None:
     try:
         while True:
             header, payload = taken.get()
+            payload = payload[-1600:] if header.kind == BACKWARD else payload
             link.send(replace(header, kind=REPLY), [payload] if payload.numel() else [])
     except LinkError:
         return
@@ -264,6 +265,30 @@ def test_many_messages_may_be_under_way(link):
         header, payload = link.wait_message()
         (rows,) = unpack(payload, [((number,), torch.float32)])
         assert header.call == number and (rows == number).all()
+
+
+def test_hundreds_of_messages_leave_no_memory_behind(peer, link):
+    def exchange(count):
+        for _ in range(count):
+            link.send(Header(FORWARD), [torch.zeros(100_000)])
+            link.wait_message()
+        return psutil.Process().memory_info().rss, peer.ask("memory")
+
+    before = exchange(40)
+    after = exchange(300)
+    assert all(b - a < 20_000_000 for a, b in zip(before, after, strict=True))  # 120 MB went each way
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_a_payload_of_more_than_two_gib_arrives_whole(link):
+    data = torch.zeros((1 << 31) + 1600, dtype=torch.uint8)
+    data[-1600:] = torch.arange(1600).to(torch.uint8)
+    expected = data[-1600:].clone()
+    link.send(Header(BACKWARD), [data])
+    del data
+    header, payload = link.wait_message()
+    assert header.kind == REPLY and torch.equal(payload, expected)
 
 
 def test_an_answer_frees_the_buffers_of_its_question(link):
@@ -356,6 +381,29 @@ def test_sending_to_a_stopped_peer_ends_at_the_deadline_too(tmp_path, kind):
             for _ in range(link_module.MAX_IN_FLIGHT + 1):
                 lost.send(Header(FORWARD), [torch.zeros(100_000)])
         assert 0.9 < time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_peer_that_pauses_within_the_deadline_is_waited_for(tmp_path, kind):
+    with peers(tmp_path, 1, kind) as (slow,):
+        link = slow.open(deadline_s=20)
+        os.kill(slow.process.pid, signal.SIGSTOP)
+        threading.Timer(1.5, os.kill, [slow.process.pid, signal.SIGCONT]).start()
+        start = time.monotonic()
+        for call in range(3):
+            link.send(Header(FORWARD, call=call), [torch.full((100_000,), float(call))])
+        for call in range(3):
+            header, payload = link.wait_message()
+            assert header.call == call and (payload.view(torch.float32) == call).all()
+        assert time.monotonic() - start > 1.4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closed_transport_leaves_no_thread_of_its_own(tmp_path, kind):
+    with peers(tmp_path, 1, kind) as (peer,):
+        link = peer.open(deadline_s=20)
+        assert echoed(link)
+        assert not [name for name in peer.ask("close") if "nixl" in name.lower()]
 
 
 def echoed(link: Link) -> bool:

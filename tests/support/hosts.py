@@ -1,0 +1,141 @@
+"""How do tests get several hosts? Network namespaces of this machine, each with an address of its own, on one bridge.
+
+    with network(3) as hosts, ray_cluster(hosts, folder, num_cpus=2) as environment:
+        done = hosts[0].run(["distca", "verify", "run.yaml"], env=environment)
+
+Their files are the same. Each can have its own /etc/hosts. Only root can make them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+START_S = 90
+PORT = 6379
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A network namespace."""
+
+    name: str
+    address: str
+
+    def start(self, command: Sequence[str], **options) -> subprocess.Popen:
+        return subprocess.Popen(["ip", "netns", "exec", self.name, *command], **options)
+
+    def run(self, command: Sequence[str], timeout_s: float = 240, **options) -> subprocess.CompletedProcess:
+        """Its output, both streams as one text."""
+        process = self.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            output, _ = process.communicate(timeout=60)
+            raise AssertionError(f"{command} took more than {timeout_s:g} s:\n{output}") from None
+        return subprocess.CompletedProcess(command, process.returncode, output)
+
+    def pids(self) -> list[int]:
+        """Processes that use its network."""
+        return [int(pid) for pid in _ip("netns", "pids", self.name).split()]
+
+
+@contextlib.contextmanager
+def network(num_hosts: int) -> Iterator[list[Host]]:
+    """Hosts that reach each other and nothing else; whatever runs there is killed at the end. Skips without root."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("would show that hosts with addresses of their own work together; only root can make them, with ip")
+    mark = secrets.token_hex(3)
+    bridge, subnet = f"dcb{mark}", f"10.{64 + os.getpid() % 64}.{secrets.randbelow(256)}"
+    hosts = [Host(f"distca-{mark}-{n}", f"{subnet}.{n + 1}") for n in range(num_hosts)]
+    with contextlib.ExitStack() as stack:
+        try:
+            _ip("link", "add", bridge, "type", "bridge")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"would show that hosts with addresses of their own work together; no bridge: {error.stderr}")
+        stack.callback(_ip, "link", "del", bridge)
+        _ip("link", "set", bridge, "up")
+        for n, host in enumerate(hosts):
+            _ip("netns", "add", host.name)
+            stack.callback(_end, host)
+            ours = f"dcv{mark}{n}"
+            _ip("link", "add", ours, "type", "veth", "peer", "name", "eth0", "netns", host.name)
+            _ip("link", "set", ours, "master", bridge, "up")
+            _ip("-n", host.name, "link", "set", "lo", "up")
+            _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
+            _ip("-n", host.name, "link", "set", "eth0", "up")
+        yield hosts
+
+
+@contextlib.contextmanager
+def ray_cluster(hosts: Sequence[Host], folder: Path, num_cpus: int) -> Iterator[dict[str, str]]:
+    """A Ray node on every host, the head on the first: the environment of a driver on any of them."""
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "GLOO_"))},
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    sessions = Path(tempfile.mkdtemp(prefix="hosts-", dir="/tmp"))  # Ray's sockets want a short path
+    nodes = []
+    try:
+        for n, host in enumerate(hosts):
+            where = ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={sessions}"]
+            where = where if n == 0 else [f"--address={hosts[0].address}:{PORT}"]
+            command = [*RAY, "start", "--block", *where, f"--node-ip-address={host.address}", f"--num-cpus={num_cpus}"]
+            command += ["--object-store-memory=100000000"]
+            log = folder / f"node-{n}.txt"
+            with open(log, "w") as output:
+                nodes.append(host.start(command, stdout=output, stderr=output, env=environment))
+            _wait_started(log, nodes[-1])
+        yield environment | {"RAY_ADDRESS": f"{hosts[0].address}:{PORT}"}
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+        for host in hosts:
+            _kill_all(host)
+        shutil.rmtree(sessions, ignore_errors=True)
+
+
+def _wait_started(log: Path, node: subprocess.Popen) -> None:
+    deadline = time.monotonic() + START_S
+    while "runtime started" not in log.read_text():
+        assert time.monotonic() < deadline and node.poll() is None, log.read_text()
+        time.sleep(0.1)
+
+
+def _end(host: Host) -> None:
+    _kill_all(host)
+    _ip("netns", "del", host.name)
+
+
+def _kill_all(host: Host) -> None:
+    """Until none is left: they start others."""
+    while pids := host.pids():
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
