@@ -15,7 +15,7 @@ train: $(VENV)/.train
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 -m "not slow"
-	$(BIN)/python -m pytest -n 2 -m "slow and not alone"
+	$(BIN)/python -m pytest -n 3 -m "slow and not alone"
 	$(BIN)/python -m pytest -m alone
 
 test-fast: $(VENV)/.test

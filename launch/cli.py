@@ -20,7 +20,7 @@ from rich.table import Table
 
 from distca.config import describe_settings, dump_settings, load_settings, split_overrides, study_settings
 from distca.errors import EXIT_OK, EXIT_OTHER, SettingsError, TryAgain, UserError
-from distca.launch.forkserver import forkserver
+from distca.launch.forkserver import RayOptions, forkserver
 from distca.launch.stop import ending, listening, was_asked
 from distca.launch.unforeseen import in_words
 
@@ -35,62 +35,79 @@ Exit codes: 0 ok, 2 bad settings, 3 bad data, 75 stopped with a checkpoint or tr
 # those that start workers let the fork server import at the same time.
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnRay:
+    """What commands that start workers have in common."""
+
+    insecure: bool = False
+    """Join a Ray cluster (RAY_ADDRESS) that asks for no token."""
+    hosts: int = 1
+    """Wait until the Ray cluster has so many hosts; those of a batch job come up one after the other."""
+
+    @contextlib.contextmanager
+    def ray(self, device: str = "auto") -> Iterator[RayOptions]:
+        """Workers' imports begin now."""
+        with forkserver(device) as server:
+            yield RayOptions(self.insecure, self.hosts, server)
+
+
 @dataclass(frozen=True)
-class Train:
+class Train(OnRay):
     """Train from a run file. Any setting can be given as --section.key value; `distca settings` lists them all."""
 
     stopped: ClassVar[str] = "stopped before step 1, as asked; nothing was left behind"
     run: tyro.conf.Positional[Path]
     """YAML run file."""
-    insecure: bool = False
-    """Join a Ray cluster (RAY_ADDRESS) that asks for no token."""
+    folder: Path | None = None
+    """Keep the run in this folder instead of a new one of `monitor.folder`. If it holds a checkpoint, go on from that,
+    as `distca resume` does: a job that is started again does not begin anew."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
         settings = load_settings(self.run, overrides)
-        console.print(dump_settings(settings), style="dim", highlight=False, markup=False)
-        with forkserver(settings.parallel.device) as server:
-            from distca.launch.train import train
+        with self.ray(settings.parallel.device) as ray:
+            from distca.launch.train import resume, train, was_begun
 
-            _say_where(train(settings, console, self.insecure, server), console)
+            if self.folder and was_begun(self.folder):
+                done = resume(self.folder, overrides, console, ray)
+            else:
+                console.print(dump_settings(settings), style="dim", highlight=False, markup=False)
+                done = train(settings, console, ray, self.folder)
+            _say_where(done, console)
         return EXIT_OK
 
 
 @dataclass(frozen=True)
-class Resume:
+class Resume(OnRay):
     """Go on from a run's newest checkpoint, bit for bit. --parallel.servers and other settings of the pool may
     change."""
 
     stopped: ClassVar[str] = "stopped before its first step, as asked; the run stays as it was"
     folder: tyro.conf.Positional[Path]
     """The run's folder."""
-    insecure: bool = False
-    """Join a Ray cluster (RAY_ADDRESS) that asks for no token."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
-        with forkserver() as server:
+        with self.ray() as ray:
             from distca.launch.train import resume
 
-            _say_where(resume(self.folder, overrides, console, self.insecure, server), console)
+            _say_where(resume(self.folder, overrides, console, ray), console)
         return EXIT_OK
 
 
 @dataclass(frozen=True)
-class Verify:
+class Verify(OnRay):
     """Compare one distributed step (loss, every gradient) with one device, for your model, data and settings.
 
     Exit code 0 if all agree within what the precision allows, 1 if not."""
 
     run: tyro.conf.Positional[Path]
     """YAML run file."""
-    insecure: bool = False
-    """Join a Ray cluster (RAY_ADDRESS) that asks for no token."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
         settings = load_settings(self.run, overrides)
-        with forkserver(settings.parallel.device) as server:
+        with self.ray(settings.parallel.device) as ray:
             from distca.launch.train import verify
 
-            result = verify(settings, console, self.insecure, server)
+            result = verify(settings, console, ray)
         table = Table(title=f"gradients of {len(result.parameters)} parameters, the worst first")
         for heading in ("parameter", "relative error", "allowed"):
             table.add_column(heading)
@@ -111,7 +128,7 @@ class Verify:
 
 
 @dataclass(frozen=True)
-class Compare:
+class Compare(OnRay):
     """Race DistCA against local packing, Ulysses and all-gather of keys and values (zigzag), on your model, documents
     and machine: which is fastest, and what to set.
 
@@ -139,20 +156,18 @@ class Compare:
     """Write a picture (PNG): seconds a step of every method."""
     json: Path | None = None
     """Write the figures: per method median seconds, tokens per second, loss, ratios."""
-    insecure: bool = False
-    """Join a Ray cluster (RAY_ADDRESS) that asks for no token."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
         self._refuse()
         pool = [] if self.servers is None else ["--parallel.servers", str(self.servers)]
         settings = load_settings(self.run, [*overrides, *pool, "--parallel.trainers_serve", "true"])
         asked = [name.strip() for name in self.methods.split(",") if name.strip()]
-        with forkserver(settings.parallel.device) as server:
+        with self.ray(settings.parallel.device) as ray:
             from distca.launch.compare import plot, race_lengths, table_of, write_json
             from distca.launch.train import compare
 
             lengths = race_lengths(self.lengths, settings) if self.lengths else None
-            race = compare(settings, console, asked, lengths, self.warmup, self.steps, self.insecure, server)
+            race = compare(settings, console, asked, lengths, self.warmup, self.steps, ray)
         console.print(table_of(race))
         for method in race.refused:
             console.print(f"{method.title} cannot: {method.refusal}", highlight=False)
@@ -356,6 +371,121 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class Status:
+    """What is a run doing now? Step, loss, speed, workers and what happened, from its folder alone."""
+
+    folder: tyro.conf.Positional[Path | None] = None
+    """The run's folder; default: the one in runs/ that had the last step."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        from distca.launch.status import lines_of, newest_run, status
+
+        _refuse_overrides("status", overrides)
+        for word, text in lines_of(status(self.folder or newest_run(Path("runs")))):
+            console.print(f"[bold]{word:11}[/] {escape(text)}", highlight=False)
+        return EXIT_OK
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Look whether this machine, and what a run file asks of it, is fit for a run; a line for each check.
+
+    Exit code 0 if nothing has failed, 1 if something has."""
+
+    run: tyro.conf.Positional[Path | None] = None
+    """YAML run file."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        settings = load_settings(self.run, overrides) if self.run else None
+        from distca.launch.doctor import Finding, examine
+
+        def tell(finding: Finding) -> None:
+            colour = {"ok": "green", "warning": "yellow", "failed": "bold red"}[finding.level]
+            advice = f": {finding.advice}" if finding.advice else ""
+            line = f"[{colour}]{finding.level:8}[/]{finding.what:15}{escape(finding.found)}{escape(advice)}"
+            console.print(line, highlight=False)
+
+        return EXIT_OTHER if examine(settings, tell) == "failed" else EXIT_OK
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """A batch script: sbatch it, and the run starts, saves before the time limit, is requeued and goes on."""
+
+    run: tyro.conf.Positional[Path]
+    """YAML run file, as the nodes see it."""
+    per_node: int = 8
+    """Workers (trainers and dedicated servers) on each node; on GPUs, its GPUs."""
+    cpus_per_worker: int | None = None
+    """Default: parallel.threads; with GPUs at least 8."""
+    time: str = "24:00:00"
+    """Limit, as sbatch takes it; the run is stopped with a checkpoint three minutes earlier."""
+    memory: str = "0"
+    """Of each node, as sbatch takes it; 0 is all of it."""
+    interface: str | None = None
+    """Network interface of the nodes between which rows travel, such as ib0; default: the one of their first
+    address."""
+    partition: str | None = None
+    account: str | None = None
+    setup: str = ""
+    """Shell commands that make `distca` and `ray` callable on a node."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        from distca.launch.scripts import nodes_of, slurm
+
+        settings = load_settings(self.run, overrides)
+        nodes = nodes_of(settings, self.per_node, self.cpus_per_worker)
+        named = {"partition": self.partition, "account": self.account}
+        options = [f"--{name}={value}" for name, value in named.items() if value]
+        asked = (self.time, self.memory, self.interface, self.setup, options)
+        print(slurm(self.run.absolute(), settings, overrides, nodes, *asked), end="")
+        return EXIT_OK
+
+
+@dataclass(frozen=True)
+class KubeRay:
+    """Manifests of a RayJob and of the run file that it trains from: kubectl apply them."""
+
+    run: tyro.conf.Positional[Path]
+    """YAML run file; its paths are paths in the pods."""
+    image: str
+    """Container image with `distca` and `ray`."""
+    claim: str
+    """PersistentVolumeClaim that many nodes may write: data, model and runs, at /shared in every pod."""
+    per_node: int = 8
+    """Workers (trainers and dedicated servers) in each pod; on GPUs, its GPUs."""
+    cpus_per_worker: int | None = None
+    """Default: parallel.threads; with GPUs at least 8."""
+    memory: str = "64Gi"
+    """Of each worker's pod."""
+    shared_memory: str = "8Gi"
+    """Of each pod's /dev/shm, which counts as its memory."""
+    hours: float = 24.0
+    """Limit of the whole job."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        from distca.launch.scripts import kuberay, nodes_of
+
+        settings = load_settings(self.run, overrides)
+        nodes = nodes_of(settings, self.per_node, self.cpus_per_worker)
+        asked = (self.image, self.memory, self.claim, self.shared_memory, self.hours)
+        print(kuberay(settings, nodes, *asked), end="")
+        return EXIT_OK
+
+
+@dataclass(frozen=True)
+class Script:
+    """Print what a cluster's scheduler takes: a Slurm batch script or KubeRay manifests for a run file."""
+
+    of: tyro.conf.OmitSubcommandPrefixes[
+        Annotated[Slurm, tyro.conf.subcommand("slurm")] | Annotated[KubeRay, tyro.conf.subcommand("kuberay")]
+    ]
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        return self.of(overrides, console)
+
+
+@dataclass(frozen=True)
 class ListSettings:
     """List every setting: allowed values, default, meaning."""
 
@@ -431,7 +561,7 @@ def _lasting_output() -> Iterator[None]:
 
 
 ListThem = Annotated[ListSettings, tyro.conf.subcommand("settings")]
-Command = Train | Resume | Verify | Compare | Plan | Export | Measure | ListThem
+Command = Train | Resume | Status | Verify | Compare | Plan | Export | Measure | Doctor | Script | ListThem
 
 
 def run(arguments: list[str]) -> int:

@@ -65,7 +65,15 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distca.errors import SettingsError, TryAgain, UserError
-from distca.launch.forkserver import ALLOCATOR, ForkServer
+from distca.launch.forkserver import ALLOCATOR, OWN_RAY, ForkServer, RayOptions
+from distca.launch.hosts import (
+    Common,
+    listener,
+    refuse_loopback,
+    refuse_other_host,
+    refuse_unreachable,
+    unreachable,
+)
 from distca.launch.keeper import keeping
 from distca.launch.limits import enough_allowed
 from distca.launch.parent import guard_parent
@@ -169,19 +177,18 @@ class Call:
 @contextlib.contextmanager
 def start_ray(
     run_folder: str | Path,
+    options: RayOptions = OWN_RAY,
     *,
     num_workers: int,
     threads: int = 1,
     gpus: bool = False,
     env: Mapping[str, str] | None = None,
-    insecure: bool = False,
-    forkserver: ForkServer | None = None,
 ) -> Iterator[Cluster]:
     """Ray for one run: the cluster that RAY_ADDRESS names (as inside a Ray job), else one of our own on this machine.
 
     `env` is set in every worker. Workers print into `run_folder/logs`. A cluster that does not ask for a token is
-    refused unless `insecure`. Workers without a GPU come from the `forkserver`, if there is one. On the way out Ray is
-    shut down and the environment as before.
+    refused unless `options` say otherwise. Workers without a GPU come from their fork server, if there is one. On the
+    way out Ray is shut down and the environment as before.
     Requests to stop wait while Ray starts and while it ends; its processes never hear of them.
     """
     assert not ray.is_initialized(), "this process is connected to a Ray already"
@@ -193,10 +200,12 @@ def start_ray(
     worker_env |= {"OMP_NUM_THREADS": str(threads), **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}), **(env or {})}
     address = os.environ.get("RAY_ADDRESS", "local")
     own = address in ("", "local")
+    if own and options.hosts > 1:
+        raise SettingsError(f"--hosts {options.hosts}: a Ray of one's own is on this host alone; set RAY_ADDRESS")
     if own:
-        started = _start_own(num_workers, gpus, worker_env, logs, None if gpus else forkserver)
+        started = _start_own(num_workers, gpus, worker_env, logs, None if gpus else options.forkserver)
     else:
-        started = _join(address, worker_env, insecure)
+        started = _join(address, worker_env, options.insecure)
     with contextlib.ExitStack() as stack:
         try:
             with held(), _signals_kept():
@@ -308,8 +317,8 @@ def _shut_down() -> None:
     ray.shutdown()
 
 
-@contextlib.contextmanager
-def _join(address: str, worker_env: Mapping[str, str], insecure: bool) -> Iterator[str]:
+def cluster_at(address: str, insecure: bool = False) -> str:
+    """The address of the cluster's GCS, once it has answered and taken our token. Raises SettingsError or TryAgain."""
     if "://" in address:
         raise SettingsError(
             f"RAY_ADDRESS={address} is not the address of a cluster's GCS (host:6379). Use `distca submit --address "
@@ -335,6 +344,12 @@ def _join(address: str, worker_env: Mapping[str, str], insecure: bool) -> Iterat
         raise SettingsError(
             f"the Ray cluster at {gcs} refused our token: set RAY_AUTH_TOKEN_PATH to the file with its token"
         )
+    return gcs
+
+
+@contextlib.contextmanager
+def _join(address: str, worker_env: Mapping[str, str], insecure: bool) -> Iterator[str]:
+    gcs = cluster_at(address, insecure)
     logger.info("joining the Ray cluster at %s (RAY_ADDRESS)", gcs)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(ray_driver, "print_to_stdstream", _to_log))
@@ -458,6 +473,20 @@ def _private_folder() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def wait_for_hosts(num_hosts: int, timeout_s: float) -> None:
+    """Wait until Ray has so many hosts: those of a job come up one after the other. Raises `TryAgain`."""
+    start = said = time.monotonic()
+    while len(there := [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]) < num_hosts:
+        now = time.monotonic()
+        sentence = f"{len(there)} of {num_hosts} hosts are there: {', '.join(there)}"
+        if now - start >= timeout_s:
+            raise TryAgain(f"after {timeout_s:.0f} s {sentence}; the logs of Ray on the others say why")
+        if now - said >= SAY_EVERY_S:
+            logger.info("%s", sentence)
+            said = now
+        time.sleep(0.2)
+
+
 def place(cluster: Cluster, num_workers: int, *, timeout_s: float, gpus: bool = False, threads: int = 1) -> Placement:
     """Set aside a place for each worker: one GPU where `gpus`, and CPUs for its threads, or a fair share of CPUs.
 
@@ -527,10 +556,12 @@ def spawn(
     number: int | None = None,
     env: Mapping[str, str] | None = None,
     max_concurrency: int = 1,
+    common: Common | None = None,
     **kwargs: Any,
 ) -> Worker:
     """Start a process in the placement's bundle that makes `worker_class(*args, **kwargs)`; await its `made`.
 
+    With `common` it first looks whether its host has what all must have (`refuse_other_host`).
     `number` counts workers of a role (default: the bundle). `env` of a single worker costs a second, as Ray then cannot
     use a process that it keeps ready. `max_concurrency` calls run at the same time, each in a thread.
     """
@@ -547,7 +578,7 @@ def spawn(
     )
     if env:
         options["runtime_env"] = {"env_vars": dict(env)}
-    actor = ray.remote(_Host).options(**options).remote(str(log), worker_class, args, kwargs)
+    actor = ray.remote(_Host).options(**options).remote(str(log), common, worker_class, args, kwargs)
     return Worker(role, number, log, actor, log.stat().st_size if log.exists() else 0, _kernel_ooms())
 
 
@@ -557,12 +588,14 @@ class _Host:
     Errors of the worker's constructor are kept for `made`, which reports them as they are; Ray would only keep text.
     """
 
-    def __init__(self, log: str, worker_class: type, args: tuple, kwargs: dict):
+    def __init__(self, log: str, common: Common | None, worker_class: type, args: tuple, kwargs: dict):
         guard_parent()
         if os.path.isdir(os.path.dirname(log)):  # on another node without shared folders, Ray's own log has to do
             _print_into(log)
         self._error: Exception | None = None
         try:
+            if common:
+                refuse_other_host(common, ray.util.get_node_ip_address())
             self._worker = worker_class(*args, **kwargs)
         except Exception as error:
             self._error = error
@@ -573,10 +606,32 @@ class _Host:
         gpu_ids = tuple(str(gpu) for gpu in ray.get_gpu_ids())
         return WorkerProcess(os.getpid(), ray.util.get_node_ip_address(), gpu_ids)
 
+    def listen(self) -> int:
+        """A port of this host at which it answers, until `listen` is called again."""
+        self._listener = listener(ray.util.get_node_ip_address())
+        return self._listener.getsockname()[1]
+
+    def unreachable(self, places: dict[str, int]) -> dict[str, str]:
+        return unreachable(places)
+
     def call(self, method: str, args: tuple, kwargs: dict) -> Any:
         if self._error is not None:
             raise self._error
         return getattr(self._worker, method)(*args, **kwargs)
+
+
+def refuse_strangers(workers: Sequence[Worker], processes: Sequence[WorkerProcess], timeout_s: float) -> None:
+    """Raise SettingsError where a worker's host does not reach another's, by the addresses that they have in Ray."""
+    one_of = {process.host: worker for worker, process in zip(workers, processes, strict=True)}
+    if len(one_of) == 1:
+        return
+    refuse_loopback(list(one_of))
+
+    def ask(method: str, *arguments: Any) -> dict[str, Any]:
+        calls = [Call(worker, getattr(worker.actor, method).remote(*arguments)) for worker in one_of.values()]
+        return dict(zip(one_of, gather(calls, timeout_s, "looking whether hosts reach each other"), strict=True))
+
+    refuse_unreachable(ask("unreachable", ask("listen")))
 
 
 def _print_into(log: str) -> None:

@@ -31,6 +31,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from distca.launch.parent import guard_parent
@@ -72,6 +73,20 @@ class ForkServer:
             logger.warning("the process that was to fork the workers has ended; each of them imports by itself")
             return [worker_script]
         return [str(START_WORKER), self._address, worker_script]
+
+
+@dataclass(frozen=True, slots=True)
+class RayOptions:
+    """How a command comes to its Ray and its workers."""
+
+    insecure: bool = False
+    """Join a cluster that asks for no token."""
+    hosts: int = 1
+    """Wait until the cluster has so many."""
+    forkserver: ForkServer | None = None
+
+
+OWN_RAY = RayOptions()
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from distca.config import MonitorSettings
+from distca.launch.status import EVENTS, STEPS
 from distca.launch.trace import StepTrace, summary
 from distca.metrics import TAGS, StepRecord
 from distca.trace import Kind
@@ -46,7 +47,6 @@ KIND_COLOURS: dict[Kind, str] = {
 MOST_BARS = 64  # more servers are drawn as outlines: bars would be thinner than a pixel, and slow
 MOST_ROWS = 9  # workers in a timeline
 
-STEPS = "metrics.jsonl"
 
 LAYOUT = {
     "DistCA": {
@@ -142,7 +142,7 @@ class Monitor:
 
     def event(self, step: int, text: str) -> None:
         """What happened besides steps: a server lost, a checkpoint saved."""
-        with open(self._folder / "events.txt", "a", encoding="utf-8") as file:
+        with open(self._folder / EVENTS, "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  step {step}  {text}\n")
         if self._writer is not None:
             self._writer.add_text("run/events", text, step)

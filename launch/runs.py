@@ -5,6 +5,7 @@
     kernel_times.yaml   the table that plans are made from, where one is used
     checkpoints/        what `distca.launch.publish` promises
     logs/  tensorboard/  metrics.jsonl  events.txt  traces/
+    workers.json        while it lasts
 
 It can be moved, resumed and exported wherever it lies, also when the folders that it began from are gone: weights are
 in its checkpoints, and documents are known by their content.
@@ -34,12 +35,13 @@ from distca.launch.data import read_meta
 from distca.launch.encode import load_tokenizer, tokenizer_name
 from distca.launch.identity import find_prepared
 from distca.launch.publish import Published
+from distca.launch.status import RUN_FILE
 from distca.parallel.models import mapping_of, read_config
 from distca.paths import expanded, looks_local
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE, CHECKPOINTS, KERNEL_TIMES, MODEL = "run.yaml", "checkpoints", "kernel_times.yaml", "model"
+KERNEL_TIMES, MODEL = "kernel_times.yaml", "model"
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 PROVENANCE = ("_name_or_path", "transformers_version", "architectures*", "dtype", "torch_dtype")  # changes no model
 MOST_NAMED = 5  # files in one sentence

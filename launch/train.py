@@ -13,10 +13,10 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,18 @@ from distca.launch.cluster import (
     Worker,
     WorkerFailed,
     WorkerLost,
+    WorkerProcess,
     gather,
     place,
+    refuse_strangers,
     rendezvous_store,
     spawn,
     start_ray,
+    wait_for_hosts,
 )
-from distca.launch.data import Corpus, first_step_with_targets, pieces_of_steps
-from distca.launch.forkserver import ForkServer
+from distca.launch.data import META, Corpus, first_step_with_targets, pieces_of_steps
+from distca.launch.forkserver import OWN_RAY, RayOptions
+from distca.launch.hosts import common
 from distca.launch.monitor import Monitor
 from distca.launch.outlook import shape_of
 from distca.launch.prepare import prepare
@@ -49,6 +53,8 @@ from distca.launch.racer import Racer, RacingServer
 from distca.launch.recorder import Recorder
 from distca.launch.runs import (
     CHECKPOINTS,
+    KERNEL_TIMES,
+    MODEL,
     RUN_FILE,
     absolute_paths,
     changes_since,
@@ -62,6 +68,7 @@ from distca.launch.runs import (
     write_settings,
 )
 from distca.launch.server import DedicatedServer, Meeting, backend_of, pool_of
+from distca.launch.status import EVENTS, STEPS, WORKERS, taking_part
 from distca.launch.stop import finishing
 from distca.launch.trace import StepTrace
 from distca.launch.trainer import PlanSummary, Trainer, TrainerReport
@@ -77,34 +84,32 @@ from distca.transports import refuse_transport
 
 logger = logging.getLogger(__name__)
 
+OF_A_RUN = {RUN_FILE, CHECKPOINTS, STEPS, EVENTS, WORKERS, MODEL, KERNEL_TIMES, "logs", "tensorboard", "traces"}
 SIGN_OF_LIFE_S = 5.0  # a server that is well answers at once: its calls run on other threads
 
 
-def train(
-    settings: RunSettings, console: Console, insecure: bool = False, forkserver: ForkServer | None = None
-) -> Path:
-    """Run from the first step; returns the run's folder."""
+def train(settings: RunSettings, console: Console, ray: RayOptions = OWN_RAY, own_folder: Path | None = None) -> Path:
+    """Run from the first step, in a folder of this name or a new one in `monitor.folder`; returns the folder."""
     settings = absolute_paths(settings)
     refuse_precision(settings)
     config = _check(settings)
     _refuse_folder(settings.monitor.folder)
     documents = _prepare(settings, config, console)
     first_step_with_targets(settings, documents)  # refused before anything is started
-    with _new_folder(settings) as folder, _accounted(folder):
+    with _new_folder(settings, own=own_folder) as folder, _accounted(folder):
         console.print(f"[bold]run[/] {escape(str(folder))}", highlight=False)
         keep_model(folder, settings, config, documents)
         settings = with_kernel_times(settings, folder)
-        _run(settings, settings, folder, documents, None, console, insecure, forkserver)
+        _run(settings, settings, folder, documents, None, console, ray)
     return folder
 
 
-def resume(
-    folder: Path,
-    overrides: list[str],
-    console: Console,
-    insecure: bool = False,
-    forkserver: ForkServer | None = None,
-) -> Path:
+def was_begun(folder: Path) -> bool:
+    """Whether a run in this folder has saved something to go on from."""
+    return bool(steps_published(folder / CHECKPOINTS))
+
+
+def resume(folder: Path, overrides: list[str], console: Console, ray: RayOptions = OWN_RAY) -> Path:
     """Go on from a run's newest checkpoint, in its folder; `overrides` may change the pool, the number of steps, …"""
     folder = folder.absolute()
     settings = absolute_paths(load_settings(folder / RUN_FILE, overrides))
@@ -123,13 +128,11 @@ def resume(
     for change in changes:
         console.print(f"[bold]changed[/]  {escape(change)}, from step {checkpoint.step + 1} on", highlight=False)
     with _accounted(folder):
-        _run(settings, working, folder, documents, checkpoint, console, insecure, forkserver)
+        _run(settings, working, folder, documents, checkpoint, console, ray)
     return folder
 
 
-def verify(
-    settings: RunSettings, console: Console, insecure: bool = False, forkserver: ForkServer | None = None
-) -> Comparison:
+def verify(settings: RunSettings, console: Console, ray: RayOptions = OWN_RAY) -> Comparison:
     """One step of the run, distributed, against one device."""
     if settings.train.precision != "fp64":
         refuse_precision(settings)
@@ -139,7 +142,7 @@ def verify(
     with (
         _new_folder(settings, prefix="verify-") as folder,
         _accounted(folder),
-        _team(with_kernel_times(settings, folder), folder, documents, console, insecure, forkserver) as team,
+        _team(with_kernel_times(settings, folder), folder, documents, console, ray) as team,
         console.status("one step distributed, and one on one device"),
     ):
         _refuse_bad_start(settings, team)
@@ -161,8 +164,7 @@ def compare(
     lengths: np.ndarray | None = None,
     warmup: int = 1,
     rounds: int = 5,
-    insecure: bool = False,
-    forkserver: ForkServer | None = None,
+    ray: RayOptions = OWN_RAY,
 ) -> Race:
     """`rounds` optimizer steps by every method asked for (all, if none is), after `warmup` of each, on the run's own
     documents, or on drawn ones of these `lengths`."""
@@ -181,7 +183,7 @@ def compare(
         able = [method for method in methods if not method.refusal]
         if not able:
             raise SettingsError("; ".join(f"{method.title} cannot race: {method.refusal}" for method in methods))
-        with _team(settings, folder, documents, console, insecure, forkserver, Racer, RacingServer) as team:
+        with _team(settings, folder, documents, console, ray, Racer, RacingServer) as team:
             _refuse_bad_start(settings, team)
             for method in able:
                 what = f"meeting the others for {method.title}"
@@ -228,6 +230,8 @@ class Team:
 
     trainers: list[Worker]
     servers: list[Worker]
+    processes: list[WorkerProcess]
+    """Of the trainers, then of the servers."""
 
 
 @contextmanager
@@ -236,8 +240,7 @@ def _team(
     folder: Path,
     documents: tuple[Path, ...],
     console: Console,
-    insecure: bool,
-    forkserver: ForkServer | None,
+    ray: RayOptions,
     trainer: type = Trainer,
     server: type = DedicatedServer,
 ) -> Iterator[Team]:
@@ -253,36 +256,37 @@ def _team(
         )
     with ExitStack() as stack:
         with console.status("starting Ray"):
-            options = dict(threads=parallel.threads, gpus=gpus, insecure=insecure, forkserver=forkserver)
-            started = start_ray(folder, num_workers=num_workers, **options)
-            cluster = stack.enter_context(started)
+            options = dict(num_workers=num_workers, threads=parallel.threads, gpus=gpus)
+            cluster = stack.enter_context(start_ray(folder, ray, **options))
+            wait_for_hosts(ray.hosts, timeout_s)
             placement = place(cluster, num_workers, timeout_s=timeout_s, gpus=gpus, threads=parallel.threads)
         with console.status(
             f"starting {parallel.trainers} trainers and {parallel.servers} dedicated attention servers"
         ):
             store, port = rendezvous_store(cluster.host, timeout_s)
             stack.callback(lambda: store)  # the workers' meeting point lives as long as they do
-            common = (settings, Meeting(cluster.host, port), "cuda" if gpus else "cpu")
+            looked_for = None if cluster.own else stack.enter_context(common([folder], _read(settings, documents)))
+            arguments = (settings, Meeting(cluster.host, port), "cuda" if gpus else "cpu")
+            where = dict(placement=placement, common=looked_for)
             trainers = [
-                spawn(trainer, rank, *common, documents, placement=placement, bundle=rank, role="trainer")
+                spawn(trainer, rank, *arguments, documents, bundle=rank, role="trainer", **where)
                 for rank in range(parallel.trainers)
             ]
             first = parallel.trainers if parallel.trainers_serve else 0
             servers = [
-                spawn(
-                    server,
-                    first + n,
-                    *common,
-                    placement=placement,
-                    bundle=parallel.trainers + n,
-                    role="server",
-                    number=n,
-                )
+                spawn(server, first + n, *arguments, bundle=parallel.trainers + n, role="server", number=n, **where)
                 for n in range(parallel.servers)
             ]
-            gather([w.made for w in trainers + servers], timeout_s, "starting")
+            processes = gather([w.made for w in trainers + servers], timeout_s, "starting")
+            refuse_strangers(trainers + servers, processes, timeout_s)
             _ask(trainers + servers, "connect", what="meeting the others", timeout_s=timeout_s)
-        yield Team(trainers, servers)
+        yield Team(trainers, servers, processes)
+
+
+def _read(settings: RunSettings, documents: tuple[Path, ...]) -> list[Path]:
+    """Files and folders that workers read; a model of a hub is not among them."""
+    files, model = [folder / META for folder in documents], settings.model.path
+    return [*files, Path(model)] if model and Path(model).exists() else files
 
 
 def _run(
@@ -292,15 +296,14 @@ def _run(
     documents: tuple[Path, ...],
     start: Published | None,
     console: Console,
-    insecure: bool,
-    forkserver: ForkServer | None,
+    ray: RayOptions,
 ) -> None:
     """Steps after `start` (or all), to the end of the run or until asked to stop.
 
     `run_file` is what the run's file says, `settings` what its workers go by: after `start` the run's own model."""
     steps, done = settings.train.steps, start.step if start else 0
     cursor = Cursor(*start.facts["cursor"]) if start else Cursor()
-    with _team(settings, folder, documents, console, insecure, forkserver) as team:
+    with _team(settings, folder, documents, console, ray) as team:
         if start:
             _ask(team.trainers, "load", start.path, what="loading the checkpoint")
         else:
@@ -311,7 +314,8 @@ def _run(
         before = start.facts["record"] if start else None
         monitor = Monitor(folder, settings.monitor, first_step=done + 1, before=before)
         recorder = Recorder(folder, settings.monitor.trace_steps, team.trainers, _serving(settings, team))
-        try:
+        everybody = zip(team.trainers + team.servers, team.processes, strict=True)
+        with taking_part(folder, {str(w): (p.host, p.pid) for w, p in everybody}), closing(recorder), closing(monitor):
             monitor.start(dump_settings(run_file), _versions() | _describe(settings, team, documents, console))
             reporter = _Reporter(settings, team, monitor, console)
             seen, saved = before or dict(tokens_seen=0, targets_seen=0), done
@@ -336,9 +340,6 @@ def _run(
                     raise TryAgain(
                         f"stopped as asked after step {step}, with a checkpoint; go on with: {_go_on(folder)}"
                     )
-        finally:
-            monitor.close()
-            recorder.close()
 
 
 def _ask(workers: list[Worker], method: str, *arguments, what: str, timeout_s: float | None = None) -> list:
@@ -578,9 +579,9 @@ def _prepare_again(
 
 
 @contextmanager
-def _new_folder(settings: RunSettings, prefix: str = "") -> Iterator[Path]:
+def _new_folder(settings: RunSettings, prefix: str = "", own: Path | None = None) -> Iterator[Path]:
     """A folder of this run's own, gone again where the run is refused before its first step."""
-    folder = _make_folder(settings, prefix)
+    folder = _make_named(own.absolute()) if own else _make_folder(settings, prefix)
     try:
         yield folder
     except (SettingsError, DataError, TryAgain, KeyboardInterrupt):
@@ -629,6 +630,24 @@ def _make_folder(settings: RunSettings, prefix: str) -> Path:
         except OSError as error:
             raise SettingsError(f"monitor.folder: cannot make {folder}: {error.strerror}") from None
     raise SettingsError(f"{folder}: a thousand runs began in this second")
+
+
+def _make_named(folder: Path) -> Path:
+    """A folder of this name. What an attempt that saved nothing has left there is set aside."""
+    try:
+        if folder.exists():
+            others = {p.name for p in folder.iterdir() if not p.name.startswith(".")} - OF_A_RUN
+            if others:
+                raise SettingsError(
+                    f"--folder: {folder} is not a run's: it holds {sorted(others)[0]}. Name a folder that is not there"
+                )
+            aside = next(p for n in count(1) if not (p := folder.with_name(f"{folder.name}.unfinished-{n}")).exists())
+            folder.rename(aside)
+            logger.warning("%s holds no checkpoint to go on from: it is now %s", folder, aside)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise SettingsError(f"--folder: cannot make {folder}: {error.strerror}") from None
+    return folder
 
 
 def _use_gpus(settings: RunSettings) -> bool:

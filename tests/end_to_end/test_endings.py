@@ -42,11 +42,11 @@ class Worker:
     def step(self):
         time.sleep(0.1)
 
-def light(settings, console, insecure, forkserver):
+def light(settings, console, ray, own_folder):
     folder = Path(sys.argv[2]) / "run"
     folder.mkdir()
     try:
-        with start_ray(folder, num_workers=2, forkserver=forkserver) as cluster:
+        with start_ray(folder, ray, num_workers=2) as cluster:
             placement = place(cluster, 2, timeout_s=100)
             workers = [spawn(Worker, placement=placement, bundle=n, role="trainer") for n in range(2)]
             gather([w.made for w in workers], 100, "starting")

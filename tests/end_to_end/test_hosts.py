@@ -1,14 +1,20 @@
 """Runs over several hosts with addresses of their own, on a Ray cluster that asks for a token."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
-from hosts import network, ray_cluster
+from hosts import Host, network, ray_cluster, ray_head, ray_node
+
+from distca.errors import EXIT_SETTINGS, EXIT_TRY_AGAIN
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
 
@@ -40,30 +46,161 @@ def write_run_file(folder: Path, **train) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """Two hosts of two CPUs, and the environment of a driver on the first."""
-    with network(2) as hosts, ray_cluster(hosts, tmp_path_factory.mktemp("cluster"), num_cpus=2) as environment:
-        yield hosts, environment
+def hosts():
+    """Three of them."""
+    with network(3) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def environment(hosts, tmp_path_factory):
+    """A driver's, whose cluster is two hosts of two CPUs."""
+    with ray_cluster(hosts[:2], tmp_path_factory.mktemp("cluster"), num_cpus=2) as made:
+        yield made
 
 
 @pytest.mark.parametrize("transport", ["pairs", "group", "nixl"])
-def test_a_step_over_two_hosts_is_exact(cluster, tmp_path, transport):
-    hosts, environment = cluster
+def test_a_step_over_two_hosts_is_exact(hosts, environment, tmp_path, transport):
     run = write_run_file(tmp_path, precision="fp64")
     done = hosts[0].run([*DISTCA, "verify", str(run), "--parallel.transport", transport], env=environment, cwd=tmp_path)
     assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout
 
 
-def test_losses_over_two_hosts_are_those_of_one_machine(cluster, tmp_path):
-    hosts, environment = cluster
-    losses = {}
-    for name, start in {"cluster": hosts[0].run, "alone": subprocess.run}.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        options = dict(env=environment) if name == "cluster" else dict(capture_output=True, text=True)
-        done = start([*DISTCA, "train", str(write_run_file(folder))], cwd=folder, **options)
-        assert done.returncode == 0, done.stdout
-        [records] = (folder / "runs").glob("*/metrics.jsonl")
-        losses[name] = [json.loads(line)["loss"] for line in records.read_text().splitlines()]
-        [logs] = (folder / "runs").glob("*/logs")
-    assert len(losses["alone"]) == 3 and losses["cluster"] == losses["alone"]
+def losses_of(folder: Path) -> list[float]:
+    """Of a run, step by step; every step is there once."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return [record["loss"] for record in records]
+
+
+def losses_alone(folder: Path, steps: int) -> list[float]:
+    """On this machine, by a Ray of its own."""
+    (folder / "alone").mkdir()
+    command = [*DISTCA, "train", write_run_file(folder / "alone", steps=steps), "--folder", folder / "alone" / "run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return losses_of(folder / "alone" / "run")
+
+
+def test_losses_over_two_hosts_are_those_of_one_machine(hosts, environment, tmp_path):
+    command = [*DISTCA, "train", str(write_run_file(tmp_path, steps=20)), "--folder", str(tmp_path / "run")]
+    done = hosts[0].run(command, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert losses_of(tmp_path / "run") == losses_alone(tmp_path, 20)
+
+
+def test_a_killed_driver_leaves_no_worker_on_any_host(hosts, environment, tmp_path):
+    run = write_run_file(tmp_path, steps=10_000)
+    with open(tmp_path / "output", "w") as output:
+        driver = hosts[0].start([*DISTCA, "train", str(run)], env=environment, cwd=tmp_path, stdout=output)
+    try:
+        deadline = time.monotonic() + 120
+        while "step  3" not in (said := (tmp_path / "output").read_text()) and "step 3" not in said:
+            assert driver.poll() is None and time.monotonic() < deadline, said
+            time.sleep(0.2)
+        assert all(working(host) for host in hosts[:2])
+    finally:
+        driver.kill()
+        driver.wait()
+    deadline = time.monotonic() + 30
+    while any(working(host) for host in hosts[:2]):
+        assert time.monotonic() < deadline, [working(host) for host in hosts[:2]]
+        time.sleep(0.2)
+
+
+def working(host: Host) -> list[str]:
+    """Names of our workers' processes on a host."""
+    names = []
+    for pid in host.pids():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            names.append(" ".join(psutil.Process(pid).cmdline()))
+    return [name for name in names if "_Host" in name]
+
+
+# ---- hosts that do not fit ----
+
+
+def refused(hosts, tmp_path, before: str) -> str:
+    """What a driver on the first host says to a run whose server comes up on the second, prepared by a shell."""
+    run = write_run_file(tmp_path)
+    overrides = ["--parallel.trainers", "1", "--parallel.servers", "1"]
+    with ray_head(hosts[0], tmp_path, 1) as environment, ray_node(hosts[1], environment, tmp_path, 1, before):
+        done = hosts[0].run([*DISTCA, "train", str(run), *overrides], env=environment, cwd=tmp_path)
+    assert done.returncode == EXIT_SETTINGS and "step 1" not in done.stdout, done.stdout
+    return " ".join(done.stdout.split())
+
+
+def test_a_host_without_the_runs_folder_is_named(hosts, tmp_path):
+    (tmp_path / "runs").mkdir()
+    said = refused(hosts, tmp_path, f"mount -t tmpfs none {tmp_path}/runs")
+    assert f"host {hosts[1].address} does not see what the driver writes into {tmp_path}/runs" in said
+
+
+def test_a_host_with_another_version_is_named(hosts, tmp_path):
+    other = tmp_path / "other" / "numpy-0.1.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
+    said = refused(hosts, tmp_path, f"export PYTHONPATH={other.parent}")
+    assert f"host {hosts[1].address} has numpy 0.1, the driver's host has" in said
+
+
+# ---- a batch job ----
+
+
+SRUN = """#!{python}
+# Runs its command in every namespace host at once, as srun does on a job's nodes.
+import os, signal, subprocess, sys
+
+command = sys.argv[next(i for i, word in enumerate(sys.argv) if i and not word.startswith("--")) :]
+tasks = []
+for n, host in enumerate("{hosts}".split()):
+    os.environ["SLURM_NODEID"] = str(n)
+    tasks.append(subprocess.Popen(["ip", "netns", "exec", host, *command]))
+signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
+sys.exit(max(task.wait() for task in tasks))
+"""
+SCONTROL = """#!/bin/sh
+echo "$@" >> {folder}/scontrol.txt
+"""
+
+
+def test_the_batch_script_trains_saves_when_told_is_requeued_and_goes_on(hosts, tmp_path):
+    """Uninterrupted, the same run has the same losses."""
+    steps, job = 30, 4711
+    run = write_run_file(tmp_path, steps=steps)
+    script = subprocess.run([*DISTCA, "script", "slurm", run, "--per-node", "2"], capture_output=True, text=True)
+    (tmp_path / "job.sh").write_text(script.stdout)
+    stand_ins = tmp_path / "bin"
+    stand_ins.mkdir()
+    names = " ".join(host.name for host in hosts[:2])
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (stand_ins / name).write_text(text.format(python=sys.executable, hosts=names, folder=tmp_path))
+        (stand_ins / name).chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "GLOO_"))} | {
+        "PATH": f"{stand_ins}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": str(job),
+        "SLURM_JOB_NUM_NODES": "2",
+    }
+
+    def start(output):
+        return hosts[0].start(["bash", tmp_path / "job.sh"], env=environment, stdout=output, stderr=output)
+
+    def said():
+        return (tmp_path / "output").read_text()
+
+    with open(tmp_path / "output", "w") as output:
+        first = start(output)
+        deadline = time.monotonic() + 200
+        while "step  5/30" not in said():
+            assert first.poll() is None and time.monotonic() < deadline, said()
+            time.sleep(0.1)
+        first.terminate()  # as Slurm does ahead of the limit
+        assert first.wait(120) == EXIT_TRY_AGAIN, said()
+        assert (tmp_path / "scontrol.txt").read_text() == f"requeue {job}\n"
+        assert not list(tmp_path.glob(".ray-token*")) and not any(host.pids() for host in hosts[:2])
+        second = start(output)
+        assert second.wait(240) == 0, said()
+    assert "resuming" in said() and (tmp_path / "scontrol.txt").read_text() == f"requeue {job}\n"
+    folder = tmp_path / "runs" / f"hosts-{job}"
+    assert losses_of(folder) == losses_alone(tmp_path, steps)

@@ -121,7 +121,7 @@ def test_packed_documents_equal_the_reference(dtype, problem):
         return assert_close(found, expected)
     for x, y in zip(found, expected, strict=True):
         x, y = (t.double().masked_fill(t == -torch.inf, 0.0) for t in (x, y))  # -inf: lse of a row that sees nothing
-        assert (x - y).norm() <= 0.05 * y.norm() + 1e-5
+        assert (x - y).norm() <= 0.05 * y.norm() + 0.01 * problem.d_out.double().norm()  # rounded before it cancels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,8 +82,8 @@ def network(num_hosts: int) -> Iterator[list[Host]]:
 
 
 @contextlib.contextmanager
-def ray_cluster(hosts: Sequence[Host], folder: Path, num_cpus: int) -> Iterator[dict[str, str]]:
-    """A Ray node on every host, the head on the first: the environment of a driver on any of them."""
+def ray_head(host: Host, folder: Path, num_cpus: int) -> Iterator[dict[str, str]]:
+    """A Ray that asks for a token: the environment of a driver, and of the nodes that join."""
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
@@ -92,34 +92,57 @@ def ray_cluster(hosts: Sequence[Host], folder: Path, num_cpus: int) -> Iterator[
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ADDRESS": f"{host.address}:{PORT}",
     }
     sessions = Path(tempfile.mkdtemp(prefix="hosts-", dir="/tmp"))  # Ray's sockets want a short path
-    nodes = []
+    options = ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={sessions}"]
     try:
-        for n, host in enumerate(hosts):
-            where = ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={sessions}"]
-            where = where if n == 0 else [f"--address={hosts[0].address}:{PORT}"]
-            command = [*RAY, "start", "--block", *where, f"--node-ip-address={host.address}", f"--num-cpus={num_cpus}"]
-            command += ["--object-store-memory=100000000"]
-            log = folder / f"node-{n}.txt"
-            with open(log, "w") as output:
-                nodes.append(host.start(command, stdout=output, stderr=output, env=environment))
-            _wait_started(log, nodes[-1])
-        yield environment | {"RAY_ADDRESS": f"{hosts[0].address}:{PORT}"}
+        with _node(host, options, environment, folder, num_cpus):
+            yield environment
     finally:
-        for node in nodes:
-            node.kill()
-            node.wait()
-        for host in hosts:
-            _kill_all(host)
         shutil.rmtree(sessions, ignore_errors=True)
 
 
-def _wait_started(log: Path, node: subprocess.Popen) -> None:
-    deadline = time.monotonic() + START_S
-    while "runtime started" not in log.read_text():
-        assert time.monotonic() < deadline and node.poll() is None, log.read_text()
-        time.sleep(0.1)
+@contextlib.contextmanager
+def ray_node(
+    host: Host, environment: Mapping[str, str], folder: Path, num_cpus: int, before: str = ""
+) -> Iterator[None]:
+    """A further node, after a shell has run `before` on its host: what that mounts, only the node sees."""
+    with _node(host, [f"--address={environment['RAY_ADDRESS']}"], environment, folder, num_cpus, before):
+        yield
+
+
+@contextlib.contextmanager
+def ray_cluster(hosts: Sequence[Host], folder: Path, num_cpus: int) -> Iterator[dict[str, str]]:
+    """A Ray node on every host, the head on the first: the environment of a driver."""
+    with contextlib.ExitStack() as stack:
+        environment = stack.enter_context(ray_head(hosts[0], folder, num_cpus))
+        for host in hosts[1:]:
+            stack.enter_context(ray_node(host, environment, folder, num_cpus))
+        yield environment
+
+
+@contextlib.contextmanager
+def _node(
+    host: Host, options: Sequence[str], environment: Mapping[str, str], folder: Path, num_cpus: int, before: str = ""
+) -> Iterator[None]:
+    command = [*RAY, "start", "--block", *options, f"--node-ip-address={host.address}", f"--num-cpus={num_cpus}"]
+    command += ["--object-store-memory=100000000"]
+    log = folder / f"{host.name}.txt"
+    with open(log, "w") as output:
+        shell = ["sh", "-c", f'{before or ":"} && exec "$@"', "sh", *command]
+        environment = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
+        node = host.start(shell, stdout=output, stderr=output, env=environment)
+    try:
+        deadline = time.monotonic() + START_S
+        while "runtime started" not in log.read_text():
+            assert time.monotonic() < deadline and node.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield
+    finally:
+        node.kill()
+        node.wait()
+        _kill_all(host)
 
 
 def _end(host: Host) -> None:
@@ -138,4 +161,3 @@ def _kill_all(host: Host) -> None:
 
 def _ip(*arguments: str) -> str:
     return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
-

@@ -1,0 +1,109 @@
+"""What a host is asked before a run begins there, and in which words it is refused."""
+
+import re
+import socket
+
+import pytest
+
+from distca.errors import SettingsError
+from distca.launch import hosts
+from distca.launch.cluster import cpu_share
+from distca.launch.hosts import (
+    common,
+    listener,
+    refuse_loopback,
+    refuse_other_host,
+    refuse_unreachable,
+    unreachable,
+    versions,
+)
+
+
+def test_a_host_like_the_drivers_is_taken_and_nothing_stays_in_the_folder(tmp_path):
+    (tmp_path / "meta").write_text("{}")
+    with common([tmp_path], [tmp_path / "meta"]) as wanted:
+        refuse_other_host(wanted, "10.0.0.2")
+    assert [path.name for path in tmp_path.iterdir()] == ["meta"]
+
+
+@pytest.mark.parametrize("name", ["torch", "distca's code", "Python"])
+def test_another_version_is_refused_with_both_and_the_host(tmp_path, monkeypatch, name):
+    with common([tmp_path], []) as wanted:
+        ours = versions()
+        monkeypatch.setattr(hosts, "versions", lambda: ours | {name: "0.0"})
+        sentence = re.escape(f"host 10.0.0.2 has {name} 0.0, the driver's host has {ours[name]}")
+        with pytest.raises(SettingsError, match=f"^{sentence}"):
+            refuse_other_host(wanted, "10.0.0.2")
+
+
+def test_our_own_code_is_known_by_its_contents(tmp_path, monkeypatch):
+    versions.cache_clear()
+    before = versions()["distca's code"]
+    (tmp_path / "more.py").write_text("x = 1\n")
+    monkeypatch.setattr(hosts, "PACKAGES", ("distca", "elsewhere"))
+    monkeypatch.syspath_prepend(tmp_path.parent)
+    tmp_path.rename(tmp_path.parent / "elsewhere")
+    versions.cache_clear()
+    assert versions()["distca's code"] != before
+    versions.cache_clear()
+
+
+def test_a_folder_that_is_another_one_there_is_refused(tmp_path):
+    with common([tmp_path], []) as wanted:
+        (tmp_path / wanted.mark).unlink()
+        with pytest.raises(SettingsError, match=f"^host 10.0.0.2 does not see what the driver writes into {tmp_path}"):
+            refuse_other_host(wanted, "10.0.0.2")
+
+
+def test_documents_that_a_host_lacks_are_named(tmp_path):
+    with common([], [tmp_path / "documents"]) as wanted:
+        with pytest.raises(SettingsError, match=f"^host 10.0.0.2 cannot read {tmp_path}/documents"):
+            refuse_other_host(wanted, "10.0.0.2")
+
+
+def test_whom_a_host_does_not_reach_is_named_with_the_reason():
+    with listener("127.0.0.1") as open_, listener("127.0.0.2") as shut:
+        places = {"127.0.0.1": open_.getsockname()[1], "127.0.0.2": shut.getsockname()[1]}
+        assert unreachable(places) == {}
+        shut.close()
+        missed = unreachable(places)
+    assert missed == {"127.0.0.2": "Connection refused"}
+    with pytest.raises(SettingsError, match="^host 127.0.0.1 does not reach host 127.0.0.2 .Connection refused"):
+        refuse_unreachable({"127.0.0.1": missed})
+    refuse_unreachable({"127.0.0.1": {}})
+
+
+def test_a_host_that_never_answers_is_given_up():
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        with socket.create_connection(full.getsockname()), socket.socket() as second:
+            second.setblocking(False)
+            second.connect_ex(full.getsockname())
+            assert unreachable({"127.0.0.1": full.getsockname()[1]}, 0.3) == {"127.0.0.1": "no answer"}
+
+
+def test_an_address_that_means_whoever_asks_is_refused_among_several():
+    refuse_loopback(["127.0.0.1"])
+    refuse_loopback(["10.0.0.1", "10.0.0.2"])
+    with pytest.raises(SettingsError, match="127.0.1.1, at which no other reaches it: .*--node-ip-address"):
+        refuse_loopback(["10.0.0.1", "127.0.1.1"])
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "share"),
+    [
+        ([4], 4, 1.0),
+        ([1], 2, 0.5),
+        ([1, 1, 1], 4, 0.5),
+        ([1, 1, 1], 3, 1.0),
+        ([8, 2], 4, 2.0),
+        ([16, 0, 1], 2, 8.0),
+        ([0.5], 100, 0.01),
+        ([], 3, 0.01),
+    ],
+)
+def test_a_worker_gets_the_most_that_fits_beside_the_others_on_their_hosts(cpus, workers, share):
+    assert cpu_share(cpus, workers) == share
+    fit = sum(int(host * 100) // int(share * 100) for host in cpus)
+    assert fit >= workers or share == 0.01
