@@ -8,7 +8,8 @@ from pathlib import Path
 
 from distca.errors import SettingsError
 from distca.launch.publish import newest
-from distca.launch.runs import CHECKPOINTS, CONFIG, MODEL, RUN_FILE, read_own_config
+from distca.launch.runs import CONFIG, MODEL, read_own_config
+from distca.launch.status import CHECKPOINTS, RUN_FILE
 from distca.parallel.engine import full_weights
 from distca.parallel.models import build_model, read_config, without_advice
 from distca.parallel.precision import DTYPES

@@ -52,10 +52,8 @@ from distca.launch.race import Method, Race, Times, drawn, methods_of, order_of,
 from distca.launch.racer import Racer, RacingServer
 from distca.launch.recorder import Recorder
 from distca.launch.runs import (
-    CHECKPOINTS,
     KERNEL_TIMES,
     MODEL,
-    RUN_FILE,
     absolute_paths,
     changes_since,
     keep_model,
@@ -68,7 +66,7 @@ from distca.launch.runs import (
     write_settings,
 )
 from distca.launch.server import DedicatedServer, Meeting, backend_of, pool_of
-from distca.launch.status import EVENTS, STEPS, WORKERS, taking_part
+from distca.launch.status import CHECKPOINTS, EVENTS, RUN_FILE, STEPS, WORKERS, taking_part
 from distca.launch.stop import finishing
 from distca.launch.trace import StepTrace
 from distca.launch.trainer import PlanSummary, Trainer, TrainerReport
