@@ -321,8 +321,9 @@ def cluster_at(address: str, insecure: bool = False) -> str:
     """The address of the cluster's GCS, once it has answered and taken our token. Raises SettingsError or TryAgain."""
     if "://" in address:
         raise SettingsError(
-            f"RAY_ADDRESS={address} is not the address of a cluster's GCS (host:6379). Use `distca submit --address "
-            f"{address}`, run this on a node of the cluster, or unset RAY_ADDRESS to start a Ray of its own here."
+            f"RAY_ADDRESS={address} is not the address of a cluster's GCS (host:6379). Use `ray job submit --address "
+            f"{address} -- distca train ...`, run this on a node of the cluster, or unset RAY_ADDRESS to start a Ray "
+            "of its own here."
         )
     try:
         gcs = services.canonicalize_bootstrap_address(address)  # looks up "auto", and a name's number

@@ -146,7 +146,7 @@ def test_a_guarded_process_ends_with_its_parent():
 
 def test_the_address_of_a_job_server_is_refused_with_a_way_out(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
-    with pytest.raises(SettingsError, match="distca submit --address http://127.0.0.1:8265"):
+    with pytest.raises(SettingsError, match="ray job submit --address http://127.0.0.1:8265 -- distca"):
         with start_ray(tmp_path, num_workers=1):
             pass
 
