@@ -19,12 +19,12 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
-import psutil
 from packaging.requirements import Requirement
 
 from distca.config import RunSettings
 from distca.errors import UserError
 from distca.launch.cluster import LOOPBACK, OBJECT_STORE_BYTES, cluster_at
+from distca.launch.hosts import own_addresses
 from distca.launch.limits import enough_allowed
 from distca.launch.unforeseen import room
 from distca.metrics import bytes_text
@@ -60,7 +60,7 @@ def _findings(settings: RunSettings | None) -> Iterator[Finding]:
     yield from libraries(_installed(), platform.python_version())
     yield from _gpus(settings)
     yield from _allowed(settings)
-    yield from network(_addresses(), socket.gethostname(), _address_of(socket.gethostname()))
+    yield from network(own_addresses(), socket.gethostname(), _address_of(socket.gethostname()))
     shm = Path("/dev/shm")
     yield shared_memory(shutil.disk_usage(shm).total if shm.is_dir() else 0)
     yield clock(time.time(), _newest_file(), _file_clock(Path(tempfile.gettempdir())))
@@ -88,13 +88,13 @@ def libraries(installed: Mapping[str, str | None], python: str) -> Iterator[Find
 
 
 def network(addresses: Mapping[str, str], name: str, named: str | None) -> Iterator[Finding]:
-    """`addresses` are those of this machine by interface, `named` what its own name stands for."""
-    others = {interface: a for interface, a in addresses.items() if not ip_address(a).is_loopback}
+    """`addresses` are this machine's with their interfaces, `named` is what its own name stands for."""
+    others = {address: interface for address, interface in addresses.items() if not ip_address(address).is_loopback}
     if not others:
         found = "only loopback" if addresses else "no interface is up"
         yield Finding("warning", "addresses", found, "enough for a run on this machine; no other host reaches it")
         return
-    yield Finding("ok", "addresses", ", ".join(f"{interface} {a}" for interface, a in others.items()))
+    yield Finding("ok", "addresses", ", ".join(f"{interface} {address}" for address, interface in others.items()))
     if named is None or ip_address(named).is_loopback:
         means = f"stands for {named}" if named else "stands for no address"
         advice = "runs go by the addresses of Ray's nodes, so start those with --node-ip-address"
@@ -196,17 +196,6 @@ def _installed() -> dict[str, str | None]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    return found
-
-
-def _addresses() -> dict[str, str]:
-    """IPv4 addresses of the interfaces that are up."""
-    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
-    found = {}
-    for name, addresses in psutil.net_if_addrs().items():
-        own = [a.address for a in addresses if a.family == socket.AF_INET]
-        if name in up and own:
-            found[name] = own[0]
     return found
 
 

@@ -20,6 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
+
 from distca.errors import SettingsError
 
 PACKAGES = ("distca", "distca.kernels", "distca.parallel", "distca.launch")
@@ -92,6 +94,17 @@ def versions() -> dict[str, str]:
             content.update(f"{package}/{file.name}\0".encode() + file.read_bytes())
     found["distca's code"] = content.hexdigest()[:12]
     return found
+
+
+def own_addresses() -> dict[str, str]:
+    """IPv4 addresses of this host, each with the name of its interface; of those that are up."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    return {
+        address.address: name
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if name in up and address.family == socket.AF_INET
+    }
 
 
 def listener(host: str) -> socket.socket:

@@ -11,12 +11,12 @@ import socket
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from distca.config import RunSettings
 from distca.launch.cluster import connect_store
+from distca.launch.hosts import own_addresses
 from distca.parallel.link import Link
 from distca.parallel.server import AttentionServer, ServerReport
 from distca.parallel.transport import SERVER_END, TRAINER_END, Transport, make_transport
@@ -133,8 +133,7 @@ def own_address(meeting: Meeting) -> str:
 
 def own_interface(meeting: Meeting) -> str:
     """The name of the network interface that has `own_address`."""
-    address = own_address(meeting)
-    return next(name for name, has in psutil.net_if_addrs().items() if any(a.address == address for a in has))
+    return own_addresses()[own_address(meeting)]
 
 
 def rss_mib() -> float:

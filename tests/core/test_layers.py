@@ -37,7 +37,10 @@ PLACES = {
     "grpc": ["launch/cluster.py"],
     "matplotlib": ["launch/compare.py", "launch/monitor.py", "launch/plan.py"],
     "pydantic": ["distca/config.py", "distca/hardware.py"],
-    "yaml": ["distca/config.py", "distca/hardware.py"],
+    "yaml": ["distca/config.py", "distca/hardware.py", "launch/scripts.py"],
+    "psutil": ["launch/hosts.py"],
+    "packaging": ["launch/doctor.py"],
+    "xxhash": ["parallel/link.py"],
     "tyro": ["launch/cli.py"],
     "rich": [
         *("launch/cli.py", "launch/compare.py", "launch/measure.py", "launch/measure_links.py"),

@@ -388,7 +388,7 @@ def test_a_cluster_that_does_not_answer_is_try_again_and_leaves_no_run(folder, c
 
 
 def test_a_lost_worker_ends_with_1_and_keeps_its_logs(folder, capsys, monkeypatch):
-    def lost(run_folder, **_):
+    def lost(run_folder, *_, **__):
         (run_folder / "logs").mkdir()
         raise WorkerLost("lost trainer 0 while starting: its process was killed", [])
 

@@ -43,10 +43,10 @@ def test_a_library_that_is_missing_or_old_is_named(there, said):
 @pytest.mark.parametrize(
     ("addresses", "named", "levels", "said"),
     [
-        ({"lo": "127.0.0.1", "eth0": "10.0.0.3"}, "10.0.0.3", ["ok"], "eth0 10.0.0.3"),
-        ({"lo": "127.0.0.1", "eth0": "10.0.0.3"}, "127.0.1.1", ["ok", "warning"], "node7 stands for 127.0.1.1"),
-        ({"lo": "127.0.0.1", "eth0": "10.0.0.3"}, None, ["ok", "warning"], "node7 stands for no address"),
-        ({"lo": "127.0.0.1"}, "127.0.1.1", ["warning"], "only loopback"),
+        ({"127.0.0.1": "lo", "10.0.0.3": "eth0"}, "10.0.0.3", ["ok"], "eth0 10.0.0.3"),
+        ({"127.0.0.1": "lo", "10.0.0.3": "eth0"}, "127.0.1.1", ["ok", "warning"], "node7 stands for 127.0.1.1"),
+        ({"127.0.0.1": "lo", "10.0.0.3": "eth0"}, None, ["ok", "warning"], "node7 stands for no address"),
+        ({"127.0.0.1": "lo"}, "127.0.1.1", ["warning"], "only loopback"),
         ({}, None, ["warning"], "no interface is up"),
     ],
 )
