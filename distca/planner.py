@@ -191,11 +191,15 @@ def _even_out(
         costs = np.concatenate([costs[stays], cost.of(moved.tiles)])
     total, share = int(costs.sum()), shares(int(costs.sum()), pool)
     allowed = limits(total, pool, tolerance)
-    if (sum_by(server, costs, len(pool)) > allowed).any():
+    load = sum_by(server, costs, len(pool))
+    if (load > allowed).any():
         largest_tile = int(share.min()) * tolerance // MILLION // 2
         task, cuts, at = level(bands, server, cost, share, allowed, inputs.block, largest_tile)
-        before, after = (_worst(sum_by(s, cost.of(b), len(pool)), pool) for b, s in ((bands, server), (cuts, at)))
-        if after < before:  # costs other than pairs grow with every cut
+        levelled = sum_by(at, cost.of(cuts), len(pool))
+        # costs other than pairs grow with every cut; and a small server may end up worse than a large one was, which
+        # is better only where the large one was further above its limit than is promised
+        breaks_promise = isinstance(cost, PairCost) and (load > allowed + inputs.block**2).any()
+        if breaks_promise or _worst(levelled, pool) < _worst(load, pool):
             document, bands, server = document[task], cuts, at
     return document, bands, server
 

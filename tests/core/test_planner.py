@@ -76,6 +76,13 @@ def test_a_plan_keeps_its_promises(lengths, extra_ranks, pool, window, tolerance
     assert again.digest() == plan.digest()
 
 
+def test_a_large_server_above_its_limit_is_levelled_though_a_small_one_ends_up_worse():
+    """For its capacity a small server's one tile is more than a large one's."""
+    pool = Pool((35, 35, 35, 100, 100), (0, 1, 2, None, None))
+    inputs = inputs_for([127, 4096, 4096, 178, 619], 4, pool, tolerance=0)
+    plan_step(inputs, inputs.rules[0]).check()
+
+
 @settings(max_examples=80, deadline=None)
 @given(lengths_lists, pools, st.sampled_from([0, 100]))
 def test_every_task_finds_its_rows_at_its_server(lengths, pool, window):
