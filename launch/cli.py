@@ -64,15 +64,16 @@ class Train(OnRay):
 
     def __call__(self, overrides: list[str], console: Console) -> int:
         settings = load_settings(self.run, overrides)
-        with self.ray(settings.parallel.device) as ray:
-            from distca.launch.train import resume, train, was_begun
+        if self.folder:
+            from distca.launch.status import was_begun
 
-            if self.folder and was_begun(self.folder):
-                done = resume(self.folder, overrides, console, ray)
-            else:
-                console.print(dump_settings(settings), style="dim", highlight=False, markup=False)
-                done = train(settings, console, ray, self.folder)
-            _say_where(done, console)
+            if was_begun(self.folder):
+                return Resume(self.folder, insecure=self.insecure, hosts=self.hosts)(overrides, console)
+        console.print(dump_settings(settings), style="dim", highlight=False, markup=False)
+        with self.ray(settings.parallel.device) as ray:
+            from distca.launch.train import train
+
+            _say_where(train(settings, console, ray, self.folder), console)
         return EXIT_OK
 
 

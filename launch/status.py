@@ -90,6 +90,11 @@ def status(folder: Path) -> Status:
     )
 
 
+def was_begun(folder: Path) -> bool:
+    """Whether a run in this folder has saved something to go on from."""
+    return bool(steps_published(folder / CHECKPOINTS))
+
+
 def newest_run(runs: Path) -> Path:
     """The folder in `runs` whose last step is the newest."""
     found = [run.parent for run in runs.glob(f"*/{RUN_FILE}")]

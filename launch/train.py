@@ -102,11 +102,6 @@ def train(settings: RunSettings, console: Console, ray: RayOptions = OWN_RAY, ow
     return folder
 
 
-def was_begun(folder: Path) -> bool:
-    """Whether a run in this folder has saved something to go on from."""
-    return bool(steps_published(folder / CHECKPOINTS))
-
-
 def resume(folder: Path, overrides: list[str], console: Console, ray: RayOptions = OWN_RAY) -> Path:
     """Go on from a run's newest checkpoint, in its folder; `overrides` may change the pool, the number of steps, …"""
     folder = folder.absolute()

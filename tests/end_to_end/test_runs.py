@@ -299,10 +299,13 @@ def test_a_run_that_is_asked_before_its_first_step_leaves_nothing(folder, moment
     draw, name = random.Random(moment), f"early-{moment}"
     command = Command(folder, "train", write_run_file(folder, name))
     try:
-        began = [lambda: "model:" in command.said(), lambda: list((folder / "runs").glob(f"{name}-*"))][moment % 2]
+        began, longest_s = [  # a start takes about 3 s after the one, and 1 s after the other
+            (lambda: "model:" in command.said(), 2.0),
+            (lambda: list((folder / "runs").glob(f"{name}-*")), 0.6),
+        ][moment % 2]
         if moment:
             wait_until(lambda: began() or command.process.poll() is not None, START_S, lambda: "it did not begin")
-        time.sleep(draw.uniform(0.3, 4))
+        time.sleep(draw.uniform(0.1, longest_s))
         command.signal_all(draw.choice([signal.SIGTERM, signal.SIGINT]))
         sentence = assert_one_sentence(command.end(), 75)
         command.assert_nothing_survives()
