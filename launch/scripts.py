@@ -116,15 +116,18 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$PWD/.ray-token-$SLURM_JOB_ID" R
 head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n' > "$RAY_AUTH_TOKEN_PATH"
 own_address() {{ {address}; }}
 HEAD_ADDRESS=$(own_address)  # this script runs on the first node, where Ray's head and the driver will be
-HEAD_PORT=$((20000 + SLURM_JOB_ID % 10000))  # jobs that share a node have different ones
-export HEAD_ADDRESS HEAD_PORT
+HEAD_PORT=$((20000 + SLURM_JOB_ID % 2500))  # jobs that share a node have different ones
+CLIENT_PORT=$((HEAD_PORT + 2500)) AGENT_PORT=$((HEAD_PORT + 5000))
+export HEAD_ADDRESS HEAD_PORT CLIENT_PORT AGENT_PORT
 export -f own_address
 
 # shellcheck disable=SC2016  # it is each node's shell that is to expand it
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
     options=(--block --node-ip-address="$(own_address)" --num-cpus={cpus} --num-gpus={gpus} --disable-usage-stats)
+    options+=(--dashboard-agent-listen-port="$AGENT_PORT")
     if [ "$SLURM_NODEID" = 0 ]; then
-        exec ray start --head --port="$HEAD_PORT" --include-dashboard=false "${{options[@]}}"
+        options+=(--port="$HEAD_PORT" --ray-client-server-port="$CLIENT_PORT" --include-dashboard=false)
+        exec ray start --head "${{options[@]}}"
     fi
     until (exec 3<>"/dev/tcp/$HEAD_ADDRESS/$HEAD_PORT") 2>/dev/null; do sleep 1; done
     exec ray start --address="$HEAD_ADDRESS:$HEAD_PORT" "${{options[@]}}"

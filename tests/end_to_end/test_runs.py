@@ -374,4 +374,4 @@ def test_a_killed_server_is_one_sentence_and_another_number_of_servers_goes_on(f
 
 def test_a_killed_trainer_is_one_sentence(folder):
     _, _, ended = interrupted(folder, "no-trainer", lambda command: command.worker("trainer-1").kill())
-    assert "lost trainer 1 while running step" in assert_one_sentence(ended, 1)
+    assert "lost trainer 1 while " in assert_one_sentence(ended, 1)  # running a step, or recording one
