@@ -6,45 +6,17 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-import yaml
-from hosts import Host, network, ray_cluster, ray_head, ray_node
+from commands import DISTCA, wait_until, write_run_file
+from hosts import Host, network, ray_cluster, ray_head, ray_node, without_ray
 
 from distca.errors import EXIT_SETTINGS, EXIT_TRY_AGAIN
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
-
-DISTCA = [sys.executable, "-m", "distca.launch.entry"]
-PYTHON = f"{sysconfig.get_path('stdlib')}/t[a-e]*.py"
-MODEL = dict(
-    model_type="llama",
-    vocab_size=259,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-)
-
-
-def write_run_file(folder: Path, **train) -> Path:
-    values = dict(
-        name="hosts",
-        model=dict(config=MODEL),
-        data=dict(sources=[dict(path=PYTHON, format="text")], cache=str(folder / "cache")),
-        train=dict(tokens_per_step=2048, steps=3) | train,
-        parallel=dict(trainers=2, servers=2, trainers_serve=False, device="cpu"),
-        monitor=dict(folder=str(folder / "runs")),
-    )
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +35,7 @@ def environment(hosts, tmp_path_factory):
 
 @pytest.mark.parametrize("transport", ["pairs", "group", "nixl"])
 def test_a_step_over_two_hosts_is_exact(hosts, environment, tmp_path, transport):
-    run = write_run_file(tmp_path, precision="fp64")
+    run = write_run_file(tmp_path, "hosts", train=dict(steps=3, precision="fp64"))
     done = hosts[0].run([*DISTCA, "verify", str(run), "--parallel.transport", transport], env=environment, cwd=tmp_path)
     assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout
 
@@ -78,21 +50,33 @@ def losses_of(folder: Path) -> list[float]:
 def losses_alone(folder: Path, steps: int) -> list[float]:
     """On this machine, by a Ray of its own."""
     (folder / "alone").mkdir()
-    command = [*DISTCA, "train", write_run_file(folder / "alone", steps=steps), "--folder", folder / "alone" / "run"]
+    command = [
+        *DISTCA,
+        "train",
+        write_run_file(folder / "alone", "hosts", train=dict(steps=steps)),
+        "--folder",
+        folder / "alone" / "run",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return losses_of(folder / "alone" / "run")
 
 
 def test_losses_over_two_hosts_are_those_of_one_machine(hosts, environment, tmp_path):
-    command = [*DISTCA, "train", str(write_run_file(tmp_path, steps=20)), "--folder", str(tmp_path / "run")]
+    command = [
+        *DISTCA,
+        "train",
+        str(write_run_file(tmp_path, "hosts", train=dict(steps=20))),
+        "--folder",
+        str(tmp_path / "run"),
+    ]
     done = hosts[0].run(command, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert losses_of(tmp_path / "run") == losses_alone(tmp_path, 20)
 
 
 def test_a_killed_driver_leaves_no_worker_on_any_host(hosts, environment, tmp_path):
-    run = write_run_file(tmp_path, steps=10_000)
+    run = write_run_file(tmp_path, "hosts", train=dict(steps=10_000))
     with open(tmp_path / "output", "w") as output:
         driver = hosts[0].start([*DISTCA, "train", str(run)], env=environment, cwd=tmp_path, stdout=output)
     try:
@@ -104,10 +88,8 @@ def test_a_killed_driver_leaves_no_worker_on_any_host(hosts, environment, tmp_pa
     finally:
         driver.kill()
         driver.wait()
-    deadline = time.monotonic() + 30
-    while any(working(host) for host in hosts[:2]):
-        assert time.monotonic() < deadline, [working(host) for host in hosts[:2]]
-        time.sleep(0.2)
+    left = lambda: [name for host in hosts[:2] for name in working(host)]  # noqa: E731
+    wait_until(lambda: not left(), 30, left)
 
 
 def working(host: Host) -> list[str]:
@@ -124,7 +106,7 @@ def working(host: Host) -> list[str]:
 
 def refused(hosts, tmp_path, before: str) -> str:
     """What a driver says to a run whose server comes up on another host, which a shell has prepared."""
-    run = write_run_file(tmp_path)
+    run = write_run_file(tmp_path, "hosts", train=dict(steps=3))
     overrides = ["--parallel.trainers", "1", "--parallel.servers", "1"]
     with ray_head(hosts[2], tmp_path, 1) as environment, ray_node(hosts[3], environment, tmp_path, 1, before):
         done = hosts[2].run([*DISTCA, "train", str(run), *overrides], env=environment, cwd=tmp_path)
@@ -169,7 +151,7 @@ echo "$@" >> {folder}/scontrol.txt
 def test_the_batch_script_trains_saves_when_told_is_requeued_and_goes_on(hosts, tmp_path):
     """Uninterrupted, the same run has the same losses."""
     steps, job = 30, 4711
-    run = write_run_file(tmp_path, steps=steps)
+    run = write_run_file(tmp_path, "hosts", train=dict(steps=steps))
     script = subprocess.run([*DISTCA, "script", "slurm", run, "--per-node", "2"], capture_output=True, text=True)
     (tmp_path / "job.sh").write_text(script.stdout)
     stand_ins = tmp_path / "bin"
@@ -178,7 +160,7 @@ def test_the_batch_script_trains_saves_when_told_is_requeued_and_goes_on(hosts, 
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (stand_ins / name).write_text(text.format(python=sys.executable, hosts=names, folder=tmp_path))
         (stand_ins / name).chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "GLOO_"))} | {
+    environment = without_ray() | {
         "PATH": f"{stand_ins}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_ID": str(job),

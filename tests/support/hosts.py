@@ -81,14 +81,18 @@ def network(num_hosts: int) -> Iterator[list[Host]]:
         yield hosts
 
 
+def without_ray() -> dict[str, str]:
+    """The environment, of which nothing chooses a Ray or an interface."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "GLOO_"))}
+
+
 @contextlib.contextmanager
 def ray_head(host: Host, folder: Path, num_cpus: int) -> Iterator[dict[str, str]]:
     """A Ray that asks for a token: the environment of a driver, and of the nodes that join."""
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "GLOO_"))},
+    environment = without_ray() | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
