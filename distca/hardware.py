@@ -7,6 +7,7 @@ numbers that plans are made from.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, Validati
 from distca.config import FORMULAS, PlannerSettings
 from distca.cost import PICOSECONDS, AttentionShape, Cost, PairCost, RowBlockCost, TableCost, Wire
 from distca.errors import SettingsError
+from distca.masks import Mask, MaskRule
+from distca.plan import MILLION, PlanInputs, Pool
 
 
 class Record(BaseModel):
@@ -102,6 +105,30 @@ def write_hardware(path: Path, table: HardwareTable) -> None:
     draft = path.with_name(f".{path.name}")
     draft.write_text(yaml.safe_dump(table.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     draft.replace(path)
+
+
+def plan_inputs(
+    planner: PlannerSettings,
+    lengths: np.ndarray,
+    rules: tuple[MaskRule | Mask, ...],
+    num_ranks: int,
+    pool: Pool,
+    shape: AttentionShape,
+    group: int | None = None,
+) -> PlanInputs:
+    """What a micro-batch of documents of these lengths is planned from, as the settings say; `group` if layers differ
+    in their query heads per key/value head."""
+    return PlanInputs(
+        lengths,
+        rules,
+        num_ranks,
+        replace(pool, neighbourhoods=planner.neighbourhoods),
+        round(planner.tolerance * MILLION),
+        planner.block,
+        group or shape.query_heads // shape.kv_heads,
+        costs_of(planner),
+        wires_of(planner, shape),
+    )
 
 
 def costs_of(planner: PlannerSettings) -> tuple[Cost, ...]:

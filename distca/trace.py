@@ -1,7 +1,7 @@
 """What was each thread doing, and when?
 
 A `Trace` is handed to whoever does the work and notes *spans*, but only in the steps that are asked for; in all others
-a span costs one comparison. `distca.launch.trace` writes and draws what was noted.
+a span costs one comparison. `distca.launch.folder.trace` writes and draws what was noted.
 
     with trace.span("wait", "server 2"):
         ...

@@ -20,9 +20,9 @@ from rich.table import Table
 
 from distca.config import describe_settings, dump_settings, load_settings, split_overrides, study_settings
 from distca.errors import EXIT_OK, EXIT_OTHER, SettingsError, TryAgain, UserError
-from distca.launch.forkserver import RayOptions, forkserver
-from distca.launch.stop import ending, listening, was_asked
-from distca.launch.unforeseen import in_words
+from distca.launch.process.forkserver import RayOptions, forkserver
+from distca.launch.process.stop import ending, listening, was_asked
+from distca.launch.process.unforeseen import in_words
 
 if TYPE_CHECKING:
     from distca.plan import PlanInputs
@@ -65,13 +65,13 @@ class Train(OnRay):
     def __call__(self, overrides: list[str], console: Console) -> int:
         settings = load_settings(self.run, overrides)
         if self.folder:
-            from distca.launch.status import was_begun
+            from distca.launch.folder.status import was_begun
 
             if was_begun(self.folder):
                 return Resume(self.folder, insecure=self.insecure, hosts=self.hosts)(overrides, console)
         console.print(dump_settings(settings), style="dim", highlight=False, markup=False)
         with self.ray(settings.parallel.device) as ray:
-            from distca.launch.train import train
+            from distca.launch.run.train import train
 
             _say_where(train(settings, console, ray, self.folder), console)
         return EXIT_OK
@@ -88,7 +88,7 @@ class Resume(OnRay):
 
     def __call__(self, overrides: list[str], console: Console) -> int:
         with self.ray() as ray:
-            from distca.launch.train import resume
+            from distca.launch.run.train import resume
 
             _say_where(resume(self.folder, overrides, console, ray), console)
         return EXIT_OK
@@ -106,7 +106,7 @@ class Verify(OnRay):
     def __call__(self, overrides: list[str], console: Console) -> int:
         settings = load_settings(self.run, overrides)
         with self.ray(settings.parallel.device) as ray:
-            from distca.launch.train import verify
+            from distca.launch.run.train import verify
 
             result = verify(settings, console, ray)
         table = Table(title=f"gradients of {len(result.parameters)} parameters, the worst first")
@@ -164,8 +164,8 @@ class Compare(OnRay):
         settings = load_settings(self.run, [*overrides, *pool, "--parallel.trainers_serve", "true"])
         asked = [name.strip() for name in self.methods.split(",") if name.strip()]
         with self.ray(settings.parallel.device) as ray:
-            from distca.launch.compare import plot, race_lengths, table_of, write_json
-            from distca.launch.train import compare
+            from distca.launch.bench.compare import plot, race_lengths, table_of, write_json
+            from distca.launch.bench.race import compare
 
             lengths = race_lengths(self.lengths, settings) if self.lengths else None
             race = compare(settings, console, asked, lengths, self.warmup, self.steps, ray)
@@ -235,7 +235,7 @@ class Plan:
     """Write the plan: lengths, home segments, tasks with their servers."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
-        from distca.launch.plan import parse_mask, study
+        from distca.launch.bench.plan import parse_mask, study
 
         self._refuse()
         inputs = self._inputs(overrides)
@@ -246,7 +246,7 @@ class Plan:
                 console.print(f"\n[bold]{name}[/]")
             console.print(result.table())
         if self.run:
-            from distca.launch.plan_inputs import overlap_of_run
+            from distca.launch.run.plan_inputs import overlap_of_run
 
             told = overlap_of_run(load_settings(self.run, overrides), inputs.lengths)
             console.print(f"[bold]overlap[/] {escape(told)}", highlight=False)
@@ -269,28 +269,22 @@ class Plan:
 
     def _inputs(self, overrides: list[str]) -> PlanInputs:
         if self.run:
-            from distca.launch.plan_inputs import inputs_of_run
+            from distca.launch.run.plan_inputs import inputs_of_run
 
             return inputs_of_run(load_settings(self.run, overrides), self.micro_batch)
         from distca.cost import AttentionShape
-        from distca.hardware import costs_of, wires_of
-        from distca.launch.plan import draw_lengths, parse_pool, read_lengths
+        from distca.hardware import plan_inputs
+        from distca.launch.bench.plan import draw_lengths, parse_pool, read_lengths
         from distca.masks import MaskRule
-        from distca.plan import MILLION, PlanInputs
 
         settings = study_settings(overrides)
-        planner = settings.planner
         if self.lengths:
             lengths = read_lengths(self.lengths, self.trainers)
         else:
             lengths = draw_lengths(self.shape, self.context, self.trainers * self.tokens_per_trainer, settings.seed)
         pool = parse_pool(self.pool, self.trainers, self.gpus_per_server)
-        pool, tolerance = replace(pool, neighbourhoods=planner.neighbourhoods), round(planner.tolerance * MILLION)
         shape = AttentionShape(self.query_heads, self.kv_heads, self.head_dim, element_bytes=2)
-        group, costs, wires = self.query_heads // self.kv_heads, costs_of(planner), wires_of(planner, shape)
-        return PlanInputs(
-            lengths, (MaskRule(),), self.trainers, pool, tolerance, planner.block, self.group or group, costs, wires
-        )
+        return plan_inputs(settings.planner, lengths, (MaskRule(),), self.trainers, pool, shape, self.group)
 
 
 @dataclass(frozen=True)
@@ -303,7 +297,7 @@ class Export:
     """Folder to write; must not exist yet."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
-        from distca.launch.export import export
+        from distca.launch.folder.export import export
 
         _refuse_overrides("export", overrides)
         step = export(self.folder, self.out)
@@ -340,7 +334,7 @@ class Measure:
 
     def __call__(self, overrides: list[str], console: Console) -> int:
         from distca.hardware import write_hardware
-        from distca.launch.measure import measure_kernels, table_of
+        from distca.launch.bench.measure import measure_kernels, table_of
 
         _refuse_overrides("measure", overrides)
         if self.what == "links":
@@ -354,7 +348,7 @@ class Measure:
         return EXIT_OK
 
     def _links(self, console: Console) -> int:
-        from distca.launch.measure_links import measure_links, table_of
+        from distca.launch.bench.measure_links import measure_links, table_of
         from distca.transports import refuse_transport
 
         refuse_transport(self.transport)
@@ -379,7 +373,7 @@ class Status:
     """The run's folder; default: the one in runs/ that had the last step."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
-        from distca.launch.status import lines_of, newest_run, status
+        from distca.launch.folder.status import lines_of, newest_run, status
 
         _refuse_overrides("status", overrides)
         for word, text in lines_of(status(self.folder or newest_run(Path("runs")))):
@@ -398,7 +392,7 @@ class Doctor:
 
     def __call__(self, overrides: list[str], console: Console) -> int:
         settings = load_settings(self.run, overrides) if self.run else None
-        from distca.launch.doctor import Finding, examine
+        from distca.launch.cluster.doctor import Finding, examine
 
         def tell(finding: Finding) -> None:
             colour = {"ok": "green", "warning": "yellow", "failed": "bold red"}[finding.level]
@@ -432,7 +426,7 @@ class Slurm:
     """Shell commands that make `distca` and `ray` callable on a node."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
-        from distca.launch.scripts import nodes_of, slurm
+        from distca.launch.cluster.scripts import nodes_of, slurm
 
         settings = load_settings(self.run, overrides)
         nodes = nodes_of(settings, self.per_node, self.cpus_per_worker)
@@ -465,7 +459,7 @@ class KubeRay:
     """Limit of the whole job."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
-        from distca.launch.scripts import kuberay, nodes_of
+        from distca.launch.cluster.scripts import kuberay, nodes_of
 
         settings = load_settings(self.run, overrides)
         nodes = nodes_of(settings, self.per_node, self.cpus_per_worker)

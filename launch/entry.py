@@ -4,7 +4,7 @@ import os
 import sys
 
 from distca.errors import EXIT_TRY_AGAIN
-from distca.launch import stop
+from distca.launch.process import stop
 
 
 def main() -> None:

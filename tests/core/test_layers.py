@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ("distca", "kernels", "parallel", "launch")  # a file may import from its own folder and those before it
-FILES = sorted(file for layer in LAYERS for file in (ROOT / layer).glob("*.py"))
+ROOMS = ("process", "data", "folder", "cluster", "run", "bench")  # of launch/, by the same rule; others lie above them
+FILES = sorted(file for layer in LAYERS for file in (ROOT / layer).rglob("*.py"))
 EVERYWHERE = set(sys.stdlib_module_names) | {"distca", "numpy"}
 
 # Where a library may be imported; a folder stands for all its files. What is in no row may be imported nowhere.
@@ -24,28 +25,25 @@ PLACES = {
     "torch.distributed": [
         *("parallel/baselines.py", "parallel/engine.py", "parallel/link.py"),
         *("parallel/nixl_link.py", "parallel/transport.py"),
-        *("launch/cluster.py", "launch/racer.py", "launch/server.py", "launch/trainer.py"),
+        *("launch/cluster/store.py", "launch/bench/racer.py", "launch/run/server.py", "launch/run/trainer.py"),
     ],
-    "torch.utils.tensorboard": ["launch/monitor.py"],
+    "torch.utils.tensorboard": ["launch/folder/monitor.py"],
     "triton": ["kernels"],
     "deepspeed": ["parallel/engine.py"],
-    "transformers": ["parallel/attach.py", "parallel/models.py", "launch/encode.py", "launch/runs.py"],
-    "tokenizers": ["launch/encode.py"],
-    "pyarrow": ["launch/read.py", "launch/tables.py"],
-    "datasets": ["launch/tables.py"],
-    "ray": ["launch/cluster.py"],
-    "grpc": ["launch/cluster.py"],
-    "matplotlib": ["launch/compare.py", "launch/monitor.py", "launch/plan.py"],
+    "transformers": ["parallel/attach.py", "parallel/models.py", "launch/data/encode.py", "launch/folder/runs.py"],
+    "tokenizers": ["launch/data/encode.py"],
+    "pyarrow": ["launch/data/read.py", "launch/data/tables.py"],
+    "datasets": ["launch/data/tables.py"],
+    "ray": ["launch/cluster"],
+    "grpc": ["launch/cluster/session.py"],
+    "matplotlib": ["launch/bench/compare.py", "launch/folder/monitor.py", "launch/bench/plan.py"],
     "pydantic": ["distca/config.py", "distca/hardware.py"],
-    "yaml": ["distca/config.py", "distca/hardware.py", "launch/scripts.py"],
-    "psutil": ["launch/hosts.py"],
-    "packaging": ["launch/doctor.py"],
+    "yaml": ["distca/config.py", "distca/hardware.py", "launch/cluster/scripts.py"],
+    "psutil": ["launch/cluster/hosts.py"],
+    "packaging": ["launch/cluster/doctor.py"],
     "xxhash": ["parallel/link.py"],
     "tyro": ["launch/cli.py"],
-    "rich": [
-        *("launch/cli.py", "launch/compare.py", "launch/measure.py", "launch/measure_links.py"),
-        *("launch/plan.py", "launch/train.py"),
-    ],
+    "rich": ["launch/cli.py", "launch/bench", "launch/run"],
 }
 
 
@@ -68,12 +66,19 @@ def layer_of(name: str) -> str | None:
     return None if first != "distca" else second if second in LAYERS else "distca"
 
 
+def room_of(path: str) -> int:
+    """Which of launch/'s rooms a file (launch/run/train.py) or module (launch.run.train) lies in, as a number."""
+    _, room, *_ = [*path.replace("/", ".").split("."), ""]
+    return ROOMS.index(room) if room in ROOMS else len(ROOMS)
+
+
 def problems_of(file: str, source: str) -> list[str]:
     """What is wrong with a file's imports; `file` relative to the repository."""
     own, found = LAYERS.index(file.split("/")[0]), []
     for name in imports_of(source):
         layer = layer_of(name)
-        if layer is not None and LAYERS.index(layer) > own:
+        is_above = layer is not None and LAYERS.index(layer) > own
+        if is_above or (layer == "launch" and room_of(name.removeprefix("distca.")) > room_of(file)):
             found.append(f"{file} imports {name}, which lies above it")
         rows = [library for library in PLACES if f"{name}.".startswith(f"{library}.")]
         places = PLACES[max(rows, key=len)] if rows else []
@@ -97,8 +102,10 @@ def test_a_file_imports_only_what_lies_below_it_and_libraries_in_their_places(fi
         ("kernels/merge.py", "def f():\n    from distca import parallel"),
         ("kernels/merge.py", "import torch.distributed as dist"),
         ("parallel/link.py", "from transformers import AutoModel"),
-        ("launch/train.py", "import ray"),
-        ("launch/train.py", "import requests"),
+        ("launch/run/train.py", "import ray"),
+        ("launch/run/train.py", "from distca.launch.bench.race import race"),
+        ("launch/run/train.py", "import distca.launch.cli"),
+        ("launch/run/train.py", "import requests"),
     ],
 )
 def test_planted_imports_are_found(file, line):
@@ -108,7 +115,7 @@ def test_planted_imports_are_found(file, line):
 @pytest.mark.parametrize("line", ["import kernels", "from launch.train import train", "from . import plan"])
 def test_other_spellings_of_our_modules_are_refused(line):
     with pytest.raises(AssertionError, match="write"):
-        problems_of("launch/train.py", line)
+        problems_of("launch/run/train.py", line)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +124,8 @@ def test_other_spellings_of_our_modules_are_refused(line):
         ("distca.planner", ["torch", "ray", "pydantic"]),
         ("distca.config", ["torch", "ray", "numpy"]),
         ("distca.launch.cli", ["torch", "ray", "transformers", "datasets"]),
-        ("distca.launch.monitor", ["torch", "tensorboard"]),
-        ("distca.launch.server", ["deepspeed", "transformers", "datasets"]),
+        ("distca.launch.folder.monitor", ["torch", "tensorboard"]),
+        ("distca.launch.run.server", ["deepspeed", "transformers", "datasets"]),
     ],
 )
 def test_a_light_module_stays_light(module, absent):

@@ -26,15 +26,16 @@ STEPS = 30
 GONE_S, END_S = 5, 200
 MARK = "DISTCA_TEST_ENDING"
 
-# `distca train` with the timetable of `distca.launch.train` and none of its work.
+# `distca train` with the timetable of `distca.launch.run.train` and none of its work.
 LIGHT = """
-from distca.launch import stop
+from distca.launch.process import stop
 stop.listen()
 import shutil, sys, time, types
 from pathlib import Path
 from distca.errors import TryAgain
 from distca.launch import cli
-from distca.launch.cluster import gather, place, spawn, start_ray
+from distca.launch.cluster.session import start_ray
+from distca.launch.cluster.workers import gather, place, spawn
 
 STEPS = int(sys.argv[3])
 
@@ -68,7 +69,7 @@ def light(settings, console, ray, own_folder):
 if __name__ == "__main__":
     settings = types.SimpleNamespace(parallel=types.SimpleNamespace(device="cpu"))
     cli.load_settings, cli.dump_settings = lambda *_: settings, lambda _: ""
-    sys.modules["distca.launch.train"] = types.SimpleNamespace(train=light)
+    sys.modules["distca.launch.run.train"] = types.SimpleNamespace(train=light)
     sys.exit(cli.run(["train", sys.argv[1]]))
 """
 

@@ -16,7 +16,7 @@ import yaml
 from documents import write_json_lines
 from team import TINY_LLAMA
 
-from distca.launch.publish import newest
+from distca.launch.folder.publish import newest
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]  # several runs, on any machine
 

@@ -22,9 +22,9 @@ from commands import DISTCA, wait_until, write_run_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distca.config import load_settings
-from distca.launch.data import Corpus, DocumentStream
-from distca.launch.prepare import prepare
-from distca.launch.publish import newest
+from distca.launch.data.batches import Corpus, DocumentStream
+from distca.launch.data.prepare import prepare
+from distca.launch.folder.publish import newest
 from distca.metrics import METRICS
 from distca.order import Cursor
 

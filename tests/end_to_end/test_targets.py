@@ -12,14 +12,14 @@ from oracle import Oracle
 from team import Team, make_settings, verified
 
 from distca.config import RunSettings
-from distca.hardware import costs_of, wires_of
-from distca.launch.data import NO_TARGET, Corpus, DocumentStream
-from distca.launch.server import pool_of
-from distca.launch.trainer import Trainer
+from distca.cost import AttentionShape
+from distca.hardware import plan_inputs
+from distca.launch.data.batches import NO_TARGET, Corpus, DocumentStream
+from distca.launch.run.server import pool_of
+from distca.launch.run.trainer import Trainer
 from distca.masks import MaskRule
 from distca.order import Cursor
 from distca.parallel.engine import full_weights
-from distca.plan import MILLION, PlanInputs
 from distca.planner import plan_directions
 from distca.schedule import learning_rate
 
@@ -84,12 +84,8 @@ def _masked_rows(settings: RunSettings, step: int, number: int, pieces):
     if step in (NOTHING, ONE_TARGET) or (step == WITHOUT_A_MICRO_BATCH and number == 0 and settings.accumulation > 1):
         yield from ((document, np.arange(length)) for document, length in enumerate(pieces.lengths))
     if step == WITHOUT_A_RANK and settings.parallel.trainers > 1:
-        planner, trainers = settings.planner, settings.parallel.trainers
-        pool, tolerance = pool_of(settings), round(planner.tolerance * MILLION)
-        inputs = PlanInputs(
-            *(pieces.lengths, (MaskRule(),), trainers, pool, tolerance, planner.block, 4),
-            *(costs_of(planner), wires_of(planner, None)),
-        )
+        trainers, shape = settings.parallel.trainers, AttentionShape(8, 2, 8, 4)
+        inputs = plan_inputs(settings.planner, pieces.lengths, (MaskRule(),), trainers, pool_of(settings), shape)
         mine = plan_directions(inputs, MaskRule())[0].segments.of_rank(1)
         for document, start, end in zip(mine.document, mine.start, mine.end, strict=True):
             yield document, np.arange(start + 1, min(end + 1, pieces.lengths[document]))  # what its rows predict

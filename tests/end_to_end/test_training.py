@@ -7,7 +7,7 @@ import torch
 from team import Team, make_settings
 
 from distca.kernels.attention import BACKENDS
-from distca.launch.trainer import Trainer, TrainerReport
+from distca.launch.run.trainer import Trainer, TrainerReport
 from distca.order import Cursor
 
 pytestmark = pytest.mark.slow

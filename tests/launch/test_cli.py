@@ -20,11 +20,13 @@ from team import TINY_LLAMA
 
 from distca.config import describe_settings, dump_settings, load_settings
 from distca.errors import EXIT_DATA, EXIT_OK, EXIT_OTHER, EXIT_SETTINGS, EXIT_TRY_AGAIN
-from distca.launch import cli, train
-from distca.launch.cluster import WorkerLost
-from distca.launch.prepare import prepare
-from distca.launch.publish import publishing
-from distca.launch.runs import absolute_paths, keep_model, known_documents
+from distca.launch import cli
+from distca.launch.cluster.workers import WorkerLost
+from distca.launch.data.prepare import prepare
+from distca.launch.folder.publish import publishing
+from distca.launch.folder.runs import absolute_paths, keep_model, known_documents
+from distca.launch.run import team, train
+from distca.launch.run.check import check, prepare_documents
 from distca.parallel.models import build_model, read_config
 
 ROWS = [{"input_ids": list(range(1, 90))}, {"input_ids": [5, 6, 7]}]
@@ -35,7 +37,7 @@ def folder(tmp_path, monkeypatch):
     """Where everything happens; Ray must not start."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(train, "start_ray", no_ray)
+    monkeypatch.setattr(team, "start_ray", no_ray)
     return tmp_path
 
 
@@ -155,7 +157,7 @@ def test_weights_of_another_shape_are_refused_before_data_and_ray(folder, capsys
 
 def test_documents_longer_than_the_models_positions_are_said(folder, caplog):
     settings = load_settings(write_run(folder, dict(max_position_embeddings=50)))
-    train._prepare(settings, train._check(settings), Console(file=io.StringIO()))
+    prepare_documents(settings, check(settings), Console(file=io.StringIO()))
     (text,) = [r.getMessage() for r in caplog.records if "position" in r.getMessage()]
     assert text.startswith("documents of up to 60 tokens go beyond position 50,")
 
@@ -392,7 +394,7 @@ def test_a_lost_worker_ends_with_1_and_keeps_its_logs(folder, capsys, monkeypatc
         (run_folder / "logs").mkdir()
         raise WorkerLost("lost trainer 0 while starting: its process was killed", [])
 
-    monkeypatch.setattr(train, "start_ray", lost)
+    monkeypatch.setattr(team, "start_ray", lost)
     assert "lost trainer 0" in said(capsys, EXIT_OTHER, "train", write_run(folder))
     assert list((folder / "runs").glob("*/logs"))
 
@@ -401,7 +403,7 @@ def test_ctrl_c_before_the_first_step_is_said(folder, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "start_ray", interrupt)
+    monkeypatch.setattr(team, "start_ray", interrupt)
     assert "stopped at once" in said(capsys, 130, "train", write_run(folder))
 
 

@@ -10,11 +10,11 @@ from rich.console import Console
 from team import Team, make_settings
 
 from distca.errors import SettingsError
-from distca.launch.compare import plot, race_lengths, table_of, write_json
-from distca.launch.data import Corpus, DocumentStream, pieces_of_steps
-from distca.launch.prepare import prepare
-from distca.launch.race import TITLES, Race, Times, drawn, methods_of, order_of, race_settings, refusing
-from distca.launch.racer import Racer, RacingServer
+from distca.launch.bench.compare import plot, race_lengths, table_of, write_json
+from distca.launch.bench.race import TITLES, Race, Times, drawn, methods_of, order_of, race_settings, refusing
+from distca.launch.bench.racer import Racer, RacingServer
+from distca.launch.data.batches import Corpus, DocumentStream, pieces_of_steps
+from distca.launch.data.prepare import prepare
 from distca.order import Cursor
 
 ONE_OF_EACH = {"trainers": 2, "servers": 1}

@@ -18,8 +18,8 @@ import pytest
 from documents import data_settings
 
 from distca.errors import UserError
-from distca.launch.data import META, NO_TARGET, Corpus
-from distca.launch.prepare import prepare
+from distca.launch.data.batches import META, NO_TARGET, Corpus
+from distca.launch.data.prepare import prepare
 
 VOCAB = 259
 DECOMPRESS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}

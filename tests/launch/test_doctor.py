@@ -11,8 +11,9 @@ import yaml
 
 from distca.config import load_settings
 from distca.errors import EXIT_OK, EXIT_OTHER
-from distca.launch import cli, doctor
-from distca.launch.doctor import clock, libraries, network, places, processors, shared_memory
+from distca.launch import cli
+from distca.launch.cluster import doctor
+from distca.launch.cluster.doctor import clock, libraries, network, places, processors, shared_memory
 
 NOW = 1.8e9
 

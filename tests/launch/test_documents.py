@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distca.config import DataSettings, SourceSettings
-from distca.launch.data import NO_TARGET
-from distca.launch.documents import Document, Problem, document_of
+from distca.launch.data.batches import NO_TARGET
+from distca.launch.data.documents import Document, Problem, document_of
 
 PLAIN = SourceSettings(path="x")
 

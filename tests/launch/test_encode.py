@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from distca.config import DataSettings
 from distca.errors import SettingsError
-from distca.launch import encode as encode_module
-from distca.launch.data import Corpus
-from distca.launch.encode import Encoder, load_tokenizer
-from distca.launch.prepare import prepare
+from distca.launch.data import encode as encode_module
+from distca.launch.data.batches import Corpus
+from distca.launch.data.encode import Encoder, load_tokenizer
+from distca.launch.data.prepare import prepare
 
 
 @pytest.fixture

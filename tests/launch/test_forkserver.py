@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from distca.launch.forkserver import forkserver
+from distca.launch.process.forkserver import forkserver
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 
@@ -25,7 +25,7 @@ print("aside", file=sys.stderr, flush=True)
 DRIVER = """
 import sys, time
 from pathlib import Path
-from distca.launch.forkserver import forkserver
+from distca.launch.process.forkserver import forkserver
 with forkserver("cpu", ("colorsys",)) as server:
     server.listen(Path(sys.argv[1]))
     print(server._process.pid, flush=True)
@@ -100,9 +100,9 @@ def test_a_cluster_of_others_starts_its_workers_itself(monkeypatch):
 
 LEAN = [
     ("distca.launch.cli", "torch ray numpy transformers matplotlib"),
-    ("distca.launch.forkserver", "torch ray numpy pydantic"),
-    pytest.param("distca.launch.server", "transformers deepspeed datasets pyarrow matplotlib", marks=pytest.mark.slow),
-    pytest.param("distca.launch.train", "deepspeed datasets pandas tensorboard", marks=pytest.mark.slow),
+    ("distca.launch.process.forkserver", "torch ray numpy pydantic"),
+    pytest.param("distca.launch.run.server", "transformers deepspeed datasets pyarrow", marks=pytest.mark.slow),
+    pytest.param("distca.launch.run.train", "deepspeed datasets pandas tensorboard", marks=pytest.mark.slow),
 ]
 
 

@@ -6,17 +6,18 @@ import socket
 import pytest
 
 from distca.errors import SettingsError
-from distca.launch import hosts
-from distca.launch.cluster import cpu_share
-from distca.launch.hosts import (
+from distca.launch.cluster import hosts
+from distca.launch.cluster.hosts import (
     common,
     listener,
+    own_code,
     refuse_loopback,
     refuse_other_host,
     refuse_unreachable,
     unreachable,
     versions,
 )
+from distca.launch.cluster.workers import cpu_share
 
 
 def test_a_host_like_the_drivers_is_taken_and_nothing_stays_in_the_folder(tmp_path):
@@ -37,12 +38,10 @@ def test_another_version_is_refused_with_both_and_the_host(tmp_path, monkeypatch
 
 
 def test_our_own_code_is_known_by_its_contents(tmp_path, monkeypatch):
-    versions.cache_clear()
-    before = versions()["distca's code"]
-    (tmp_path / "more.py").write_text("x = 1\n")
-    monkeypatch.setattr(hosts, "PACKAGES", ("distca", "elsewhere"))
-    monkeypatch.syspath_prepend(tmp_path.parent)
-    tmp_path.rename(tmp_path.parent / "elsewhere")
+    before, files = versions()["distca's code"], own_code()
+    assert {"errors.py", "kernels/merge.py", "launch/run/train.py"} <= files.keys()
+    (tmp_path / "merge.py").write_text("x = 1\n")
+    monkeypatch.setattr(hosts, "own_code", lambda: files | {"kernels/merge.py": tmp_path / "merge.py"})
     versions.cache_clear()
     assert versions()["distca's code"] != before
     versions.cache_clear()

@@ -14,8 +14,8 @@ import uuid
 import psutil
 import pytest
 
-from distca.launch import keeper
-from distca.launch.keeper import MARK, keeping
+from distca.launch.process import keeper
+from distca.launch.process.keeper import MARK, keeping
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of its processes")
 
@@ -25,7 +25,7 @@ GONE_S = 5
 # Starts a process every few milliseconds, which starts another; some of them leave the group and the session.
 BUSY = """
 import os, subprocess, sys, time
-from distca.launch.keeper import keeping
+from distca.launch.process.keeper import keeping
 
 sleep = [sys.executable, "-S", "-c", "import time; time.sleep(1000)"]
 nested = [sys.executable, "-S", "-c", f"import subprocess, time; subprocess.Popen({sleep}); time.sleep(1000)"]
@@ -142,7 +142,7 @@ def test_a_child_of_the_driver_that_holds_the_pipe_does_not_keep_it_waiting(fold
     """One that was forked and never became another program, as multiprocessing does."""
     code = """
 import os, subprocess, sys, time
-from distca.launch.keeper import keeping
+from distca.launch.process.keeper import keeping
 with keeping(sys.argv[1]) as mark:
     subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(1000)"], env=os.environ | mark)
     child = os.fork()

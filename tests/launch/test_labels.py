@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from team import make_settings
 
 from distca.errors import DataError
-from distca.launch.data import NO_TARGET, Corpus, DocumentStream, first_step_with_targets, read_meta
-from distca.launch.prepare import prepare
+from distca.launch.data.batches import NO_TARGET, Corpus, DocumentStream, first_step_with_targets, read_meta
+from distca.launch.data.prepare import prepare
 from distca.order import Cursor, Pieces
 
 LENGTHS = [1, 2, 40, 7, 1, 90, 13, 64, 3]

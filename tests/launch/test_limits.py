@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distca.launch.limits import refusals
+from distca.launch.process.limits import refusals
 
 INFINITE = float("inf")
 START = """
 import resource, sys
 from distca.errors import SettingsError
-from distca.launch.cluster import start_ray
+from distca.launch.cluster.session import start_ray
 resource.setrlimit(getattr(resource, sys.argv[1]), (int(sys.argv[2]),) * 2)
 try:
     with start_ray(sys.argv[3], num_workers=4):
@@ -53,7 +53,7 @@ def test_each_limit_is_named_with_its_remedy():
 
 
 def test_the_limit_on_open_files_is_as_before_afterwards():
-    from distca.launch.limits import enough_allowed
+    from distca.launch.process.limits import enough_allowed
 
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with enough_allowed(2, "127.0.0.1"):

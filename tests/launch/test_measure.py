@@ -6,8 +6,9 @@ import pytest
 from distca.errors import EXIT_OK, EXIT_SETTINGS
 from distca.hardware import read_hardware
 from distca.kernels.worklist import work_list
-from distca.launch import cli, measure
-from distca.launch.measure import fit
+from distca.launch import cli
+from distca.launch.bench import measure
+from distca.launch.bench.measure import fit
 from distca.masks import UNBOUNDED, Bands
 
 

@@ -5,7 +5,7 @@ import yaml
 
 from distca.errors import EXIT_OK, EXIT_SETTINGS
 from distca.launch import cli
-from distca.launch.measure_links import _pairs
+from distca.launch.bench.measure_links import _pairs
 
 
 @pytest.mark.parametrize(("workers", "neighbours"), [(2, 1), (5, 2), (8, 4), (7, 6), (64, 63)])

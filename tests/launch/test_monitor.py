@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from distca.config import MonitorSettings
-from distca.launch.monitor import (
+from distca.launch.folder.monitor import (
     DPI,
     KIND_COLOURS,
     LAYOUT,
@@ -19,7 +19,7 @@ from distca.launch.monitor import (
     picture_of_load,
     picture_of_timeline,
 )
-from distca.launch.trace import Recording, StepTrace
+from distca.launch.folder.trace import Recording, StepTrace
 from distca.metrics import METRICS, StepRecord
 from distca.trace import KINDS, Span
 
@@ -138,7 +138,7 @@ def test_without_tensorboard_there_are_no_event_files_and_no_import_of_it(tmp_pa
     code = f"""
 import sys
 from distca.config import MonitorSettings
-from distca.launch.monitor import Monitor
+from distca.launch.folder.monitor import Monitor
 monitor = Monitor({str(tmp_path)!r}, MonitorSettings(tensorboard=False))
 monitor.start("a: 1", {{}})
 monitor.documents(1, [3])

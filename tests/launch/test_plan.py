@@ -10,8 +10,8 @@ from rich.console import Console
 
 from distca.cost import RowBlockCost, TableCost
 from distca.errors import UserError
+from distca.launch.bench.plan import SHAPES, draw_lengths, parse_mask, parse_pool, read_lengths, study
 from distca.launch.cli import run
-from distca.launch.plan import SHAPES, draw_lengths, parse_mask, parse_pool, read_lengths, study
 from distca.masks import MaskRule
 from distca.plan import PlanInputs
 

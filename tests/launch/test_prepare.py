@@ -20,12 +20,12 @@ from documents import as_bytes, data_settings, refusal, stored, write_json_lines
 
 from distca.config import DataSettings
 from distca.errors import DataError, SettingsError
-from distca.launch import identity as identity_module
-from distca.launch import prepare as prepare_module
-from distca.launch import read as read_module
-from distca.launch.data import META, Corpus, read_meta
-from distca.launch.identity import DIGESTS, find_prepared, tokenizer_identity
-from distca.launch.prepare import UNFINISHED, prepare
+from distca.launch.data import identity as identity_module
+from distca.launch.data import prepare as prepare_module
+from distca.launch.data import read as read_module
+from distca.launch.data.batches import META, Corpus, read_meta
+from distca.launch.data.identity import DIGESTS, find_prepared, tokenizer_identity
+from distca.launch.data.prepare import UNFINISHED, prepare
 
 TEXTS = ["one", "zwölf Boxkämpfer", "日本語 🙂", "a\x00b\n"]
 
@@ -133,7 +133,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from documents import data_settings
-from distca.launch import prepare
+from distca.launch.data import prepare
 
 append = prepare._Store.append
 
@@ -190,7 +190,7 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 from documents import data_settings
-from distca.launch.prepare import prepare
+from distca.launch.data.prepare import prepare
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 prepare(data_settings(Path(sys.argv[1]), sys.argv[2], tokenizer="bytes"), 60_000)

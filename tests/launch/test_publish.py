@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from distca.errors import DataError
-from distca.launch import publish
-from distca.launch.publish import BrokenCheckpoint, NoSpace, newest, prune, publishing, require_space, verify
+from distca.launch.folder import publish
+from distca.launch.folder.publish import BrokenCheckpoint, NoSpace, newest, prune, publishing, require_space, verify
 
 
 def put(folder: Path, step: int, size: int = 3000) -> Path:
@@ -183,7 +183,7 @@ def test_a_limit_on_file_size_is_a_full_disk_too(tmp_path):
     put(tmp_path, 1)
     code = """
 import resource, sys
-from distca.launch.publish import NoSpace, publishing
+from distca.launch.folder.publish import NoSpace, publishing
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     with publishing(sys.argv[1], 2, {}) as draft:
@@ -201,7 +201,7 @@ except NoSpace as error:
 WRITER = """
 import sys
 from pathlib import Path
-from distca.launch.publish import prune, publishing
+from distca.launch.folder.publish import prune, publishing
 
 folder, step = Path(sys.argv[1]), int(sys.argv[2])
 print("up", flush=True)

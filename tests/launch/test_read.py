@@ -18,11 +18,11 @@ from documents import as_bytes, data_settings, refusal, stored, write_json_lines
 
 from distca.config import DataSettings
 from distca.errors import SettingsError
-from distca.launch import encode as encode_module
-from distca.launch import prepare as prepare_module
-from distca.launch import read as read_module
-from distca.launch.data import META, Corpus
-from distca.launch.prepare import prepare
+from distca.launch.data import encode as encode_module
+from distca.launch.data import prepare as prepare_module
+from distca.launch.data import read as read_module
+from distca.launch.data.batches import META, Corpus
+from distca.launch.data.prepare import prepare
 
 TEXTS = ["one", "zwölf Boxkämpfer", "日本語 🙂", "a\x00b\n"]
 IDS = [[5, 6, 7], [8], [250, 0, 1, 2]]

@@ -9,8 +9,8 @@ import pytest
 from team import make_settings
 
 from distca.errors import UserError
-from distca.launch.train import _record, _refuse_bad_numbers
-from distca.launch.trainer import PlanSummary, TrainerReport
+from distca.launch.run.train import _record, _refuse_bad_numbers
+from distca.launch.run.trainer import PlanSummary, TrainerReport
 from distca.parallel.core_attention import CallStatistics
 from distca.parallel.server import ServerReport
 

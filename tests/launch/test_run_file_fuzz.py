@@ -16,7 +16,8 @@ from documents import write_json_lines
 from team import TINY_LLAMA
 
 from distca.errors import EXIT_DATA, EXIT_SETTINGS
-from distca.launch import cli, train
+from distca.launch import cli
+from distca.launch.run import train
 
 pytestmark = pytest.mark.slow
 
@@ -142,7 +143,7 @@ def test_a_spoiled_run_file_is_refused_in_words_or_kept_whole(folder, capsys, mo
         began.append(settings)
         raise RayWasAboutToStart
 
-    monkeypatch.setattr(train, "_team", team)
+    monkeypatch.setattr(train, "team_of", team)
     write_json_lines(folder / "rows.jsonl", [{"input_ids": list(range(1, 90))}])
     write_json_lines(folder / "more.jsonl", [{"input_ids": [5, 6, 7]}, {"input_ids": [5, 6, 7, 8]}])
     refused = 0

@@ -16,9 +16,9 @@ from team import TINY_LLAMA, make_settings
 from distca.config import RunSettings, validate_settings
 from distca.errors import DataError, SettingsError
 from distca.hardware import costs_of
-from distca.launch.prepare import prepare
-from distca.launch.publish import Published
-from distca.launch.runs import (
+from distca.launch.data.prepare import prepare
+from distca.launch.folder.publish import Published
+from distca.launch.folder.runs import (
     KERNEL_TIMES,
     MODEL,
     absolute_paths,

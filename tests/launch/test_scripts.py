@@ -12,7 +12,7 @@ import yaml
 from distca.config import load_settings, validate_settings
 from distca.errors import EXIT_OK, EXIT_SETTINGS
 from distca.launch import cli
-from distca.launch.scripts import _kubernetes_name, nodes_of
+from distca.launch.cluster.scripts import _kubernetes_name, nodes_of
 
 # The fields that we use, as KubeRay's RayJob (ray.io/v1) and Kubernetes' pods name them: a dict is an object, a list of
 # one its items, a type a value.

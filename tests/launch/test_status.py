@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from distca.errors import EXIT_DATA, EXIT_OK
-from distca.launch import cli, status
+from distca.launch import cli
+from distca.launch.folder import status
 from distca.metrics import StepRecord
 
 

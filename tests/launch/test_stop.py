@@ -11,7 +11,7 @@ import pytest
 
 # Says where it is; ends with 75 and a word where a request reached it as it should.
 COMMAND = """
-from distca.launch import stop
+from distca.launch.process import stop
 stop.listen()
 import sys, time
 def say(word): print(word, flush=True)
@@ -157,7 +157,7 @@ def test_a_lost_terminal_ends_nothing(command, phase):
 
 ENDED = """
 import os, signal, sys
-from distca.launch import stop
+from distca.launch.process import stop
 with stop.listening():
     stop.ending()
     os.kill(os.getpid(), signal.SIGTERM)

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from team import Team, make_settings
 
-from distca.launch.recorder import Recorder
-from distca.launch.trace import (
+from distca.launch.folder.trace import (
     FIRST_COUNTED,
     Recording,
     StepTrace,
@@ -23,6 +22,7 @@ from distca.launch.trace import (
     seconds_of,
     summary,
 )
+from distca.launch.run.recorder import Recorder
 from distca.order import Cursor
 from distca.trace import KINDS, Span, Trace, read_clock
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from distca.errors import EXIT_OTHER, EXIT_TRY_AGAIN, DataError, UserError
 from distca.launch import cli
-from distca.launch.unforeseen import full_disk, in_words, room
+from distca.launch.process.unforeseen import full_disk, in_words, room
 
 
 def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:

@@ -8,8 +8,8 @@ import torch
 from oracle import Oracle
 from team import make_settings
 
-from distca.launch.data import NO_TARGET
-from distca.launch.verify import Comparison, Document, ParameterError, compare_with_one_device, single_device_step
+from distca.launch.data.batches import NO_TARGET
+from distca.launch.run.verify import Comparison, Document, ParameterError, compare_with_one_device, single_device_step
 
 
 def documents_of(*labels: list[int]) -> list[Document]:

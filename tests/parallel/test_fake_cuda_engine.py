@@ -46,7 +46,7 @@ def _run(pipe) -> None:
 def _errors() -> tuple[dict[str, float], list[float]]:
     from deepspeed.accelerator import get_accelerator
 
-    from distca.launch.trainer import MicroBatch, Trainer
+    from distca.launch.run.trainer import MicroBatch, Trainer
     from distca.parallel.engine import Engine, PlainEngine
     from distca.trace import Trace
 

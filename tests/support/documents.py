@@ -13,8 +13,8 @@ import pytest
 
 from distca.config import DataSettings
 from distca.errors import DataError
-from distca.launch.data import LABELS, LENGTHS, META, NO_TARGET, STARTS, TARGETS, TOKENS, Corpus
-from distca.launch.prepare import prepare
+from distca.launch.data.batches import LABELS, LENGTHS, META, NO_TARGET, STARTS, TARGETS, TOKENS, Corpus
+from distca.launch.data.prepare import prepare
 
 
 def numbered_documents(lengths: Sequence[int], first_token: int = 0) -> list[list[int]]:

@@ -11,13 +11,14 @@ from pathlib import Path
 from documents import write_json_lines
 
 from distca.config import RunSettings, validate_settings
-from distca.launch.cluster import LOOPBACK, rendezvous_store
-from distca.launch.data import first_step_with_targets
-from distca.launch.prepare import prepare
-from distca.launch.server import DedicatedServer, Meeting
-from distca.launch.trainer import Trainer
+from distca.launch.cluster.hosts import LOOPBACK
+from distca.launch.cluster.store import rendezvous_store
+from distca.launch.data.batches import first_step_with_targets
+from distca.launch.data.prepare import prepare
+from distca.launch.run.server import DedicatedServer, Meeting
+from distca.launch.run.trainer import Trainer
 
-PRELOAD = ["distca.launch.trainer", "torch._dynamo", "transformers.models.llama.modeling_llama"]
+PRELOAD = ["distca.launch.run.trainer", "torch._dynamo", "transformers.models.llama.modeling_llama"]
 ANSWER_S = 200
 
 TINY_LLAMA = dict(

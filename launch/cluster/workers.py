@@ -1,0 +1,386 @@
+"""Where do workers run, and how do they start, answer and end?
+
+    with start_ray(run_folder, num_workers=4) as cluster:
+        placement = place(cluster, num_workers=4, timeout_s=120)
+        workers = [spawn(Trainer, rank, placement=placement, bundle=rank, role="trainer") for rank in range(4)]
+        gather([w.made for w in workers], 120, "starting")
+        losses = gather([w.call("step", 1) for w in workers], 600, "running step 1")
+
+Workers are plain classes: Ray gives them a process, and only this file knows that. It promises that every failure of a
+worker reaches the caller as one `UserError` that names the worker and what it was doing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorUnavailableError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from distca.errors import SettingsError, TryAgain, UserError
+from distca.launch.cluster.hosts import (
+    Common,
+    listener,
+    refuse_loopback,
+    refuse_other_host,
+    refuse_unreachable,
+    unreachable,
+)
+from distca.launch.cluster.session import SAY_EVERY_S, Cluster, last_line, uncoloured
+from distca.launch.process.parent import guard_parent
+
+logger = logging.getLogger(__name__)
+
+ROOT_CAUSE_S = 1.0  # after a first failure, others are awaited this long: the first to speak is often a victim
+
+
+class WorkerFailed(UserError):
+    """A worker raised, died or fell silent; `workers` are those concerned."""
+
+    def __init__(self, message: str, workers: Sequence[Worker]):
+        super().__init__(message)
+        self.workers = tuple(workers)
+
+
+class WorkerLost(WorkerFailed):
+    """A worker's process is gone."""
+
+
+class WorkerSilent(WorkerFailed):
+    """Workers did not answer in time; their processes may still be there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Resources set aside for all workers, one bundle for each."""
+
+    cluster: Cluster
+    group: PlacementGroup
+    num_cpus: float  # of each bundle
+    num_gpus: int  # of each bundle
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerProcess:
+    """Where a worker came up."""
+
+    pid: int
+    host: str
+    gpu_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker in its own process, as the driver sees it."""
+
+    role: str
+    number: int
+    log: Path  # what it prints, and the traceback of what it raised
+    actor: Any
+    log_start: int  # bytes that its log held before: of a predecessor, or of the run before
+    kernel_ooms: int  # on this machine, before it started
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.number}"
+
+    @property
+    def made(self) -> Call:
+        """Answers with its `WorkerProcess` when the worker is constructed."""
+        return Call(self, self.actor.made.remote())
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Call:
+        """Ask the worker to run one of its methods; returns at once, see `gather`."""
+        return Call(self, self.actor.call.remote(method, args, kwargs))
+
+    def kill(self) -> None:
+        """End the process now. Its bundle is free for a successor."""
+        ray.kill(self.actor, no_restart=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A question to a worker, not yet answered."""
+
+    worker: Worker
+    ref: ray.ObjectRef
+
+
+def place(cluster: Cluster, num_workers: int, *, timeout_s: float, gpus: bool = False, threads: int = 1) -> Placement:
+    """Set aside a place for each worker: one GPU where `gpus`, and CPUs for its threads, or a fair share of CPUs.
+
+    Waits aloud while somebody else has them. Raises `TryAgain` after `timeout_s`; `SettingsError` at once where our own
+    Ray can never have them.
+    """
+    have, hosts = ray.cluster_resources(), [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    num_gpus = num_workers if gpus else 0
+    if cluster.own and have.get("GPU", 0) < num_gpus:
+        raise SettingsError(_missing(num_workers, num_gpus, have, "this machine"))
+    # CPUs are counted to be fair to others, not exactly: with too few, workers are slow, but they start.
+    num_cpus = min(float(threads), cpu_share(hosts, num_workers))
+    bundle = {"CPU": num_cpus, **({"GPU": 1} if gpus else {})}
+    group = placement_group([bundle] * num_workers, strategy="PACK")
+    start = time.monotonic()
+    while not group.wait(timeout_seconds=max(0.1, min(SAY_EVERY_S, start + timeout_s - time.monotonic()))):
+        waited = time.monotonic() - start
+        if waited >= timeout_s:
+            ray.util.remove_placement_group(group)
+            sentence = _missing(num_workers, num_gpus, ray.cluster_resources(), "the cluster")
+            raise TryAgain(f"{sentence} (waited {waited:.0f} s)")
+        free = ray.available_resources()
+        logger.info(
+            "waiting for a place for %d workers since %.0f s: they need %s, free are %s",
+            num_workers,
+            waited,
+            _amount(num_gpus, num_cpus * num_workers),
+            _amount(free.get("GPU", 0) if gpus else 0, free.get("CPU", 0)),
+        )
+    return Placement(cluster, group, num_cpus, int(gpus))
+
+
+def cpu_share(hosts: Sequence[float], num_workers: int) -> float:
+    """The most CPUs, in hundredths, that each of the workers can have on hosts of so many CPUs; 0.01 where there are
+    none to share. A worker is on one host."""
+    shares = {int(100 * cpus / n) for cpus in hosts for n in range(1, num_workers + 1)}
+    fitting = [share for share in shares if share and sum(int(100 * cpus) // share for cpus in hosts) >= num_workers]
+    return max(fitting, default=1) / 100
+
+
+def _missing(num_workers: int, num_gpus: int, have: Mapping[str, float], where: str) -> str:
+    if num_gpus:
+        return (
+            f"{num_workers} workers need {_count(num_gpus, 'GPU')}, {where} has {have.get('GPU', 0):g}: lower "
+            "parallel.trainers or parallel.servers, or set parallel.device: cpu"
+        )
+    return (
+        f"{num_workers} workers share {_count(have.get('CPU', 0), 'CPU')} of {where}, and others hold them: wait for "
+        "those, or lower parallel.trainers or parallel.servers"
+    )
+
+
+def _amount(num_gpus: float, num_cpus: float) -> str:
+    return (f"{_count(num_gpus, 'GPU')} and " if num_gpus else "") + _count(round(num_cpus, 2), "CPU")
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}" + ("" if number == 1 else "s")
+
+
+def spawn(
+    worker_class: type,
+    *args: Any,
+    placement: Placement,
+    bundle: int,
+    role: str,
+    number: int | None = None,
+    env: Mapping[str, str] | None = None,
+    max_concurrency: int = 1,
+    common: Common | None = None,
+    **kwargs: Any,
+) -> Worker:
+    """Start a process in the placement's bundle that makes `worker_class(*args, **kwargs)`; await its `made`.
+
+    With `common` it first looks whether its host has what all must have (`refuse_other_host`).
+    `number` counts workers of a role (default: the bundle). `env` of a single worker costs a second, as Ray then cannot
+    use a process that it keeps ready. `max_concurrency` calls run at the same time, each in a thread.
+    """
+    number = bundle if number is None else number
+    log = placement.cluster.logs / f"{role}-{number}.txt"
+    strategy = PlacementGroupSchedulingStrategy(placement.group, placement_group_bundle_index=bundle)
+    options = dict(
+        num_cpus=placement.num_cpus,
+        num_gpus=placement.num_gpus,
+        scheduling_strategy=strategy,
+        max_concurrency=max_concurrency,
+        max_restarts=0,  # a worker that lost its state is not replaced behind our back
+        name=None,
+    )
+    if env:
+        options["runtime_env"] = {"env_vars": dict(env)}
+    actor = ray.remote(_Host).options(**options).remote(str(log), common, worker_class, args, kwargs)
+    return Worker(role, number, log, actor, log.stat().st_size if log.exists() else 0, _kernel_ooms())
+
+
+class _Host:
+    """The process that Ray gives a worker.
+
+    Errors of the worker's constructor are kept for `made`, which reports them as they are; Ray would only keep text.
+    """
+
+    def __init__(self, log: str, common: Common | None, worker_class: type, args: tuple, kwargs: dict):
+        guard_parent()
+        if os.path.isdir(os.path.dirname(log)):  # on another node without shared folders, Ray's own log has to do
+            _print_into(log)
+        self._error: Exception | None = None
+        try:
+            if common:
+                refuse_other_host(common, ray.util.get_node_ip_address())
+            self._worker = worker_class(*args, **kwargs)
+        except Exception as error:
+            self._error = error
+
+    def made(self) -> WorkerProcess:
+        if self._error is not None:
+            raise self._error
+        gpu_ids = tuple(str(gpu) for gpu in ray.get_gpu_ids())
+        return WorkerProcess(os.getpid(), ray.util.get_node_ip_address(), gpu_ids)
+
+    def listen(self) -> int:
+        """A port of this host at which it answers, until `listen` is called again."""
+        self._listener = listener(ray.util.get_node_ip_address())
+        return self._listener.getsockname()[1]
+
+    def unreachable(self, places: dict[str, int]) -> dict[str, str]:
+        return unreachable(places)
+
+    def call(self, method: str, args: tuple, kwargs: dict) -> Any:
+        if self._error is not None:
+            raise self._error
+        return getattr(self._worker, method)(*args, **kwargs)
+
+
+def refuse_strangers(workers: Sequence[Worker], processes: Sequence[WorkerProcess], timeout_s: float) -> None:
+    """Raise SettingsError where a worker's host does not reach another's, by the addresses that they have in Ray."""
+    one_of = {process.host: worker for worker, process in zip(workers, processes, strict=True)}
+    if len(one_of) == 1:
+        return
+    refuse_loopback(list(one_of))
+
+    def ask(method: str, *arguments: Any) -> dict[str, Any]:
+        calls = [Call(worker, getattr(worker.actor, method).remote(*arguments)) for worker in one_of.values()]
+        return dict(zip(one_of, gather(calls, timeout_s, "looking whether hosts reach each other"), strict=True))
+
+    refuse_unreachable(ask("unreachable", ask("listen")))
+
+
+def _print_into(log: str) -> None:
+    """Send what this process prints, native code included, to a file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+
+
+def gather(calls: Sequence[Call], timeout_s: float | None, what: str) -> list[Any]:
+    """Wait for the answers, in the order of the calls. `what` completes "while …": "running step 12".
+
+    A `UserError` raised in a worker is raised here as it was. Any other exception becomes a `WorkerFailed` with its
+    last line, and its traceback goes to the worker's log. A dead worker becomes `WorkerLost`, no answer within
+    `timeout_s` `WorkerSilent`. Where several fail, the likeliest root cause is raised: a death comes first.
+    """
+    call_of = {call.ref: call for call in calls}
+    answers: dict[ray.ObjectRef, Any] = {}
+    failures: list[UserError] = []
+    start = said = time.monotonic()
+    deadline = start + (float("inf") if timeout_s is None else timeout_s)
+    pending = list(call_of)
+    while pending and (left := deadline - time.monotonic()) > 0:
+        done, pending = ray.wait(pending, num_returns=1, timeout=min(SAY_EVERY_S, left))
+        for ref in done:
+            try:
+                answers[ref] = ray.get(ref)
+            except RayError as error:
+                failures.append(_sentence(call_of[ref].worker, error, what))
+                if len(failures) == 1:
+                    deadline = time.monotonic() + ROOT_CAUSE_S
+        now = time.monotonic()
+        if now - said >= SAY_EVERY_S:
+            logger.info(
+                "%s since %.0f s; waiting for %s", what, now - start, _names(call_of[ref].worker for ref in pending)
+            )
+            said = now
+    if failures:
+        raise min(failures, key=_rank_of_cause) from None
+    if pending:
+        silent = [call_of[ref].worker for ref in pending]
+        raise WorkerSilent(f"{_names(silent)} gave no answer within {timeout_s:g} s while {what}", silent)
+    return [answers[call.ref] for call in calls]
+
+
+def _rank_of_cause(failure: UserError) -> int:
+    return 0 if isinstance(failure, WorkerLost) else 2 if isinstance(failure, WorkerFailed) else 1
+
+
+def _names(workers: Iterator[Worker] | Sequence[Worker]) -> str:
+    return ", ".join(str(worker) for worker in workers)
+
+
+def _sentence(worker: Worker, error: RayError, what: str) -> UserError:
+    """What Ray reports, as an error for people."""
+    if isinstance(error, RayTaskError):
+        if isinstance(error.cause, UserError):
+            return error.cause
+        with open(worker.log, "a") as log:
+            log.write(f"\nwhile {what}:\n{uncoloured(error)}\n")
+        last = "".join(traceback.format_exception_only(error.cause)).strip()
+        return WorkerFailed(f"{worker} failed while {what}: {last} (traceback: {worker.log})", [worker])
+    if isinstance(error, (RayActorError, OutOfMemoryError, ActorUnavailableError)):
+        return WorkerLost(f"lost {worker} while {what}: {_cause_of_death(worker, error)}", [worker])
+    return WorkerFailed(f"{worker} failed while {what}: {last_line(error)}", [worker])
+
+
+def _cause_of_death(worker: Worker, error: RayError) -> str:
+    text = str(error)
+    if node := re.search(r"node has died\. Node Id: (\w+)", text):
+        return f"host {_host_of(node[1])} was lost"
+    if re.search(r"\bGCS\b|StatusCode\.|RPC [Ee]rror|rpc_code", text):
+        return "the host that runs Ray's head was lost"
+    if code := re.search(r"exit code (-?\d+)", text):
+        return f"its process ended with exit code {code[1]} (its log: {worker.log})"
+    if isinstance(error, OutOfMemoryError) or "running low on memory" in text:
+        return "Ray ended its process because the node was running out of memory"
+    if "End of file" in text:
+        if crash := _crash(worker):
+            return f"its process crashed: {crash} (its log: {worker.log})"
+        if _kernel_ooms() > worker.kernel_ooms:
+            return "its process was killed, and the kernel has killed for want of memory meanwhile"
+        return f"its process was killed from outside or ended without a word (its log: {worker.log})"
+    return last_line(error)
+
+
+def _host_of(node: str) -> str:
+    """The address of a Ray node, which Ray still knows when the node is gone."""
+    try:
+        return next(found["NodeManagerAddress"] for found in ray.nodes() if found["NodeID"] == node)
+    except (StopIteration, RayError, RuntimeError):
+        return f"of Ray's node {node}"
+
+
+def _crash(worker: Worker) -> str | None:
+    """What Ray or Python's fault handler wrote when native code crashed, such as "SIGSEGV"."""
+    try:
+        with open(worker.log, "rb") as file:
+            file.seek(max(worker.log_start, os.path.getsize(worker.log) - 65536))
+            tail = file.read().decode(errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^Fatal Python error: (.*)$|^\*\*\* (SIG\w+) received", tail, re.MULTILINE)
+    return found and (found[1] or found[2])
+
+
+def _kernel_ooms() -> int:
+    """How often this machine's kernel has killed for want of memory; 0 where it does not tell."""
+    try:
+        counters = Path("/proc/vmstat").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^oom_kill (\d+)", counters, re.MULTILINE)
+    return int(found[1]) if found else 0

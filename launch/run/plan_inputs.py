@@ -1,0 +1,61 @@
+"""What does a run plan from? The lengths of its documents, its pool and its planner's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from distca.config import RunSettings
+from distca.hardware import plan_inputs
+from distca.launch.data.batches import Corpus, DocumentStream
+from distca.launch.data.prepare import prepare
+from distca.launch.folder.runs import absolute_paths
+from distca.launch.run.outlook import describe_overlap, outlook_of, shape_of
+from distca.launch.run.server import pool_of
+from distca.masks import MaskRule
+from distca.order import Cursor
+from distca.overlap import decide
+from distca.parallel.attach import AttentionCall
+from distca.parallel.models import layers_of, read_config
+from distca.parallel.precision import DTYPES
+from distca.plan import PlanInputs
+
+
+def plan_inputs_of(settings: RunSettings, calls: Sequence[AttentionCall], lengths: np.ndarray) -> PlanInputs:
+    """What trainers and servers plan a micro-batch of these lengths from; `calls` are the model's layers."""
+    return plan_inputs(
+        settings.planner,
+        lengths,
+        tuple(sorted({call.rule for call in calls})),
+        settings.parallel.trainers,
+        pool_of(settings),
+        shape_of(calls[0], DTYPES[settings.train.precision]),
+        max(call.query_heads // call.kv_heads for call in calls),
+    )
+
+
+def overlap_of_run(settings: RunSettings, lengths: np.ndarray) -> str:
+    """Whether a run on this machine would overlap two nano-batches, why, and what memory that takes."""
+    m, parallel = settings.model, settings.parallel
+    config = read_config(m.path, m.config, m.revision)
+    calls = layers_of(config)
+    enough = torch.cuda.device_count() >= parallel.trainers + parallel.servers
+    device = ("cuda" if enough else "cpu") if parallel.device == "auto" else parallel.device
+    outlook = outlook_of(settings, plan_inputs_of(settings, calls, lengths), calls, config, device)
+    return describe_overlap(settings, decide(parallel.overlap, outlook), config)
+
+
+def inputs_of_run(settings: RunSettings, micro_batch: int) -> PlanInputs:
+    """What a run would plan its n-th micro-batch from (1 is the first), under a causal mask; the run is not started."""
+    settings = absolute_paths(settings)
+    m = settings.model
+    config = read_config(m.path, m.config, m.revision)
+    corpus = Corpus(prepare(settings.data, config.vocab_size, m.path, m.revision))
+    stream = DocumentStream(corpus, settings.data, settings.seed, settings.tokens_per_micro_batch)
+    cursor = Cursor()
+    for _ in range(micro_batch):
+        pieces, cursor = stream.pieces(cursor)
+    return replace(plan_inputs_of(settings, layers_of(config), pieces.lengths), rules=(MaskRule(),))

@@ -1,0 +1,115 @@
+"""Who carries out a run? Its workers, started where the cluster has room and joined by their links."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from distca.config import RunSettings
+from distca.errors import SettingsError
+from distca.launch.cluster.hosts import common
+from distca.launch.cluster.session import start_ray, wait_for_hosts
+from distca.launch.cluster.store import rendezvous_store
+from distca.launch.cluster.workers import Worker, WorkerProcess, gather, place, refuse_strangers, spawn
+from distca.launch.data.batches import META
+from distca.launch.process.forkserver import RayOptions
+from distca.launch.run.server import DedicatedServer, Meeting
+from distca.launch.run.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """All workers of a run, joined by their links."""
+
+    trainers: list[Worker]
+    servers: list[Worker]
+    processes: list[WorkerProcess]
+    """Of the trainers, then of the servers."""
+
+
+@contextmanager
+def team_of(
+    settings: RunSettings,
+    folder: Path,
+    documents: tuple[Path, ...],
+    console: Console,
+    ray: RayOptions,
+    trainer: type = Trainer,
+    server: type = DedicatedServer,
+) -> Iterator[Team]:
+    """Ray, a place for every worker, workers joined by links; all gone on the way out."""
+    parallel = settings.parallel
+    num_workers, timeout_s = parallel.trainers + parallel.servers, parallel.start_timeout_s
+    gpus, there = use_gpus(settings), torch.cuda.device_count()
+    if there and not gpus and parallel.device == "auto":
+        logger.warning(
+            "%d workers, but %d GPUs: using the CPU; for GPUs lower parallel.trainers or parallel.servers",
+            num_workers,
+            there,
+        )
+    with ExitStack() as stack:
+        with console.status("starting Ray"):
+            options = dict(num_workers=num_workers, threads=parallel.threads, gpus=gpus)
+            cluster = stack.enter_context(start_ray(folder, ray, **options))
+            wait_for_hosts(ray.hosts, timeout_s)
+            placement = place(cluster, num_workers, timeout_s=timeout_s, gpus=gpus, threads=parallel.threads)
+        with console.status(
+            f"starting {parallel.trainers} trainers and {parallel.servers} dedicated attention servers"
+        ):
+            store, port = rendezvous_store(cluster.host, timeout_s)
+            stack.callback(lambda: store)  # the workers' meeting point lives as long as they do
+            looked_for = None if cluster.own else stack.enter_context(common([folder], _read(settings, documents)))
+            arguments = (settings, Meeting(cluster.host, port), "cuda" if gpus else "cpu")
+            where = dict(placement=placement, common=looked_for)
+            trainers = [
+                spawn(trainer, rank, *arguments, documents, bundle=rank, role="trainer", **where)
+                for rank in range(parallel.trainers)
+            ]
+            first = parallel.trainers if parallel.trainers_serve else 0
+            servers = [
+                spawn(server, first + n, *arguments, bundle=parallel.trainers + n, role="server", number=n, **where)
+                for n in range(parallel.servers)
+            ]
+            processes = gather([w.made for w in trainers + servers], timeout_s, "starting")
+            refuse_strangers(trainers + servers, processes, timeout_s)
+            ask(trainers + servers, "connect", what="meeting the others", timeout_s=timeout_s)
+        yield Team(trainers, servers, processes)
+
+
+def _read(settings: RunSettings, documents: tuple[Path, ...]) -> list[Path]:
+    """Files and folders that workers read; a model of a hub is not among them."""
+    files, model = [folder / META for folder in documents], settings.model.path
+    return [*files, Path(model)] if model and Path(model).exists() else files
+
+
+def ask(workers: list[Worker], method: str, *arguments, what: str, timeout_s: float | None = None) -> list:
+    """Ask all workers the same; their answers in order, or one error in words."""
+    return gather([w.call(method, *arguments) for w in workers], timeout_s, what)
+
+
+def refuse_bad_start(settings: RunSettings, team: Team) -> None:
+    if not weights_are_finite(team):
+        raise SettingsError(f"model.path: the weights from {settings.model.path} hold numbers that are not finite")
+
+
+def weights_are_finite(team: Team) -> bool:
+    return all(ask(team.trainers, "weights_are_finite", what="looking at the weights"))
+
+
+def serving(settings: RunSettings, team: Team) -> list[Worker]:
+    """Who computes attention, in the pool's order."""
+    return (team.trainers if settings.parallel.trainers_serve else []) + team.servers
+
+
+def use_gpus(settings: RunSettings) -> bool:
+    """Whether every worker gets a GPU."""
+    wanted, num_workers = settings.parallel.device, settings.parallel.trainers + settings.parallel.servers
+    return wanted == "cuda" or (wanted == "auto" and torch.cuda.device_count() >= num_workers)
