@@ -4,6 +4,7 @@ Every error that speaks to the user says what was asked, what is possible and wh
 text alone."""
 
 EXIT_OK, EXIT_OTHER, EXIT_SETTINGS, EXIT_DATA, EXIT_TRY_AGAIN = 0, 1, 2, 3, 75
+EXIT_INTERRUPTED = 130  # by a person, and not finished: what goes on elsewhere has an outcome of its own
 
 
 class UserError(Exception):

@@ -5,6 +5,7 @@ error, nor train on what a stranger uploaded under a missing folder's name."""
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from pathlib import Path
@@ -36,3 +37,16 @@ def written_as_path(name: str) -> bool:
 def expanded(path: str | Path) -> Path:
     """With `~` as the home folder; a user whom this machine does not know is left as written, and will not be found."""
     return Path(os.path.expanduser(path))
+
+
+def matching(pattern: Path) -> list[Path]:
+    """What a pattern such as `runs/*.jsonl` means, in the order of its names; `**` goes through folders."""
+    root = root_of(pattern)
+    whole = os.path.join(glob.escape(str(root)), pattern.relative_to(root))
+    return [Path(found) for found in sorted(glob.glob(whole, recursive=True))]
+
+
+def root_of(pattern: Path) -> Path:
+    """The folder in which a pattern is looked for: those that are there are meant by their names, also where these look
+    like patterns, as in `run [1]/*.jsonl`."""
+    return next((folder for folder in pattern.parents if folder.is_dir()), Path())

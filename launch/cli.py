@@ -8,6 +8,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +20,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from distca.config import describe_settings, dump_settings, load_settings, split_overrides, study_settings
-from distca.errors import EXIT_OK, EXIT_OTHER, SettingsError, TryAgain, UserError
+from distca.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_OTHER, SettingsError, TryAgain, UserError
 from distca.launch.process.forkserver import RayOptions, forkserver
 from distca.launch.process.stop import ending, listening, was_asked
 from distca.launch.process.unforeseen import in_words
 
 if TYPE_CHECKING:
+    from distca.launch.cluster.jobs import JobServer
     from distca.plan import PlanInputs
 
 ABOUT = """Train Hugging Face causal language models with their core attention on attention servers.
@@ -50,6 +52,14 @@ class OnRay:
         with forkserver(device) as server:
             yield RayOptions(self.insecure, self.hosts, server)
 
+    def go_on(self, folder: Path, settings: Any, console: Console) -> int:
+        """From the newest checkpoint of a run, under these settings."""
+        with self.ray(settings.parallel.device) as ray:
+            from distca.launch.run.train import resume
+
+            _say_where(resume(folder, settings, console, ray), console)
+        return EXIT_OK
+
 
 @dataclass(frozen=True)
 class Train(OnRay):
@@ -60,7 +70,7 @@ class Train(OnRay):
     """YAML run file."""
     folder: Path | None = None
     """Keep the run in this folder instead of a new one of `monitor.folder`. If it holds a checkpoint, go on from that,
-    as `distca resume` does: a job that is started again does not begin anew."""
+    under the settings of this run file: a job that is started again does not begin anew."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
         settings = load_settings(self.run, overrides)
@@ -68,7 +78,7 @@ class Train(OnRay):
             from distca.launch.folder.status import was_begun
 
             if was_begun(self.folder):
-                return Resume(self.folder, insecure=self.insecure, hosts=self.hosts)(overrides, console)
+                return self.go_on(self.folder, settings, console)
         console.print(dump_settings(settings), style="dim", highlight=False, markup=False)
         with self.ray(settings.parallel.device) as ray:
             from distca.launch.run.train import train
@@ -87,11 +97,9 @@ class Resume(OnRay):
     """The run's folder."""
 
     def __call__(self, overrides: list[str], console: Console) -> int:
-        with self.ray() as ray:
-            from distca.launch.run.train import resume
+        from distca.launch.folder.status import RUN_FILE
 
-            _say_where(resume(self.folder, overrides, console, ray), console)
-        return EXIT_OK
+        return self.go_on(self.folder, load_settings(self.folder / RUN_FILE, overrides), console)
 
 
 @dataclass(frozen=True)
@@ -381,6 +389,130 @@ class Status:
         return EXIT_OK
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnJobServer:
+    """What commands that speak with a cluster's job server have in common."""
+
+    address: str | None = None
+    """Of the cluster's Ray dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if it is an
+    http address. Its token is looked for where Ray does: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."""
+    insecure: bool = False
+    """Take a cluster that asks for no token."""
+
+    def server(self) -> contextlib.AbstractContextManager[JobServer]:
+        from distca.launch.cluster.jobs import job_server
+
+        return job_server(self.address, self.insecure)
+
+    @staticmethod
+    def follow(server: JobServer, name: str, console: Console) -> int:
+        """Show what a job prints until it is over; its exit code becomes ours."""
+        try:
+            job = server.follow(name, lambda text: console.print(text, end="", markup=False, highlight=False))
+        except KeyboardInterrupt:
+            console.print(f"\nno longer following {name}, which goes on", highlight=False)
+            console.print(f"      follow:  {escape(server.command('logs', name))}", highlight=False)
+            console.print(f"      stop:    {escape(server.command('stop', name))}", highlight=False)
+            return EXIT_INTERRUPTED
+        if error := server.ended(job):
+            raise error
+        return EXIT_OK
+
+
+@dataclass(frozen=True)
+class Submit(OnJobServer):
+    """Train a run file as a job of a Ray cluster, and follow it there. Ctrl-C stops following, not the job.
+
+    This package, the run file and small inputs are handed over; larger ones must be on the cluster under the same
+    paths. Exit code: the job's. After 75, the same command goes on from the newest checkpoint."""
+
+    run: tyro.conf.Positional[Path]
+    """YAML run file."""
+    folder: Path | None = None
+    """Keep the run in this folder of the cluster, which all its hosts see; default: monitor.folder/NAME. If it holds a
+    checkpoint, go on from that."""
+    follow_log: bool = True
+    """Show what the job prints until it is over; else come back at once."""
+    hosts: int = 1
+    """Let the job wait until the cluster has so many hosts."""
+    python: str = "python"
+    """The Python of the cluster's environment, which has torch, DeepSpeed and transformers."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        settings = load_settings(self.run, overrides)
+        folder = str((self.folder or settings.monitor.folder / settings.name).absolute())
+        options = ["--hosts", str(self.hosts)] * (self.hosts > 1) + ["--insecure"] * self.insecure
+        with self.server() as server:
+            name, parcel = server.submit(settings, folder, options, self.python)
+            console.print(f"[bold]job[/]        {escape(name)} at {escape(server.url)}", highlight=False)
+            console.print(f"[bold]run[/]        {escape(folder)}, on the cluster", highlight=False)
+            for path in parcel.packed:
+                console.print(f"[bold]packed[/]     {escape(path)}", highlight=False)
+            for path in parcel.left:
+                console.print(f"[bold]not packed[/] {escape(path)}: must be there on the cluster", highlight=False)
+            if self.follow_log:
+                return self.follow(server, name, console)
+            console.print(f"      follow:  {escape(server.command('logs', name))}", highlight=False)
+        return EXIT_OK
+
+
+@dataclass(frozen=True)
+class Jobs(OnJobServer):
+    """List the jobs that were submitted to a cluster, the newest last."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        from distca.launch.folder.status import duration
+
+        _refuse_overrides("jobs", overrides)
+        table = Table("job", "state", "exit code", "started", "took", "run's folder", box=None, pad_edge=False)
+        with self.server() as server:
+            jobs = server.jobs()
+        for job in jobs:
+            started = "" if job.start_s is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(job.start_s))
+            took = "" if job.start_s is None else duration((job.end_s or time.time()) - job.start_s)
+            code = "" if job.exit_code is None else str(job.exit_code)
+            table.add_row(*map(escape, (job.name, job.state.lower(), code, started, took, job.folder)))
+        if not jobs:
+            console.print(f"no jobs at {escape(server.url)}", highlight=False)
+        else:
+            Console(width=max(console.width, 1000)).print(table)  # names are there to be copied, whole
+        return EXIT_OK
+
+
+@dataclass(frozen=True)
+class Logs(OnJobServer):
+    """Show what a job has printed, and follow it until it is over. Ctrl-C stops following, not the job. Exit code: the
+    job's."""
+
+    job: tyro.conf.Positional[str | None] = None
+    """Its name, as `distca jobs` lists it; default: the newest."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        _refuse_overrides("logs", overrides)
+        with self.server() as server:
+            return self.follow(server, server.job(self.job).name, console)
+
+
+@dataclass(frozen=True)
+class Stop(OnJobServer):
+    """Stop a job: it finishes its step and saves a checkpoint, from which the same run can be submitted again."""
+
+    job: tyro.conf.Positional[str | None] = None
+    """Its name, as `distca jobs` lists it; default: the newest."""
+
+    def __call__(self, overrides: list[str], console: Console) -> int:
+        _refuse_overrides("stop", overrides)
+        with self.server() as server:
+            job = server.job(self.job)
+            if job.is_over or not server.stop(job.name):
+                raise SettingsError(f"{job.name} is over already: {job.state.lower()}")
+            with console.status(f"waiting for {job.name} to save its checkpoint and end"):
+                while not (job := server.job(job.name)).is_over:
+                    time.sleep(0.5)
+        console.print(f"{escape(str(server.ended(job) or f'{job.name} was done'))}", highlight=False)
+        return EXIT_OK
+
+
 @dataclass(frozen=True)
 class Doctor:
     """Look whether this machine, and what a run file asks of it, is fit for a run; a line for each check.
@@ -495,7 +627,7 @@ class ListSettings:
 class StoppedAtOnce(UserError):
     """A second Ctrl-C."""
 
-    exit_code = 130
+    exit_code = EXIT_INTERRUPTED
 
 
 class ConsoleHandler(logging.Handler):
@@ -556,7 +688,23 @@ def _lasting_output() -> Iterator[None]:
 
 
 ListThem = Annotated[ListSettings, tyro.conf.subcommand("settings")]
-Command = Train | Resume | Status | Verify | Compare | Plan | Export | Measure | Doctor | Script | ListThem
+Command = (
+    Train
+    | Resume
+    | Status
+    | Verify
+    | Compare
+    | Plan
+    | Export
+    | Measure
+    | Doctor
+    | Script
+    | ListThem
+    | Submit
+    | Jobs
+    | Logs
+    | Stop
+)
 
 
 def run(arguments: list[str]) -> int:

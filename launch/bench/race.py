@@ -25,8 +25,8 @@ from distca.errors import DataError, SettingsError
 from distca.launch.bench.racer import Lap, Racer, RacingServer
 from distca.launch.data.batches import first_step_with_targets, pieces_of_steps
 from distca.launch.folder.make import accounted, new_folder
+from distca.launch.folder.paths import absolute_paths
 from distca.launch.folder.runs import (
-    absolute_paths,
     with_kernel_times,
 )
 from distca.launch.process.forkserver import OWN_RAY, RayOptions

@@ -22,9 +22,10 @@ from pathlib import Path
 
 import psutil
 
+from distca import __version__
 from distca.errors import SettingsError
 
-LIBRARIES = ("distca", "torch", "deepspeed", "ray", "transformers", "numpy")
+LIBRARIES = ("torch", "deepspeed", "ray", "transformers", "numpy")
 LOOPBACK = "127.0.0.1"
 REACH_S = 5.0  # a host that answers slower than this will not carry rows
 
@@ -82,7 +83,7 @@ def refuse_other_host(wanted: Common, host: str) -> None:
 @lru_cache
 def versions() -> dict[str, str]:
     """Of what computes: equal versions may still be different code, so ours is known by its contents too."""
-    found = {"Python": platform.python_version()}
+    found = {"Python": platform.python_version(), "distca": __version__}  # a job's copy is not installed
     for name in LIBRARIES:
         try:
             found[name] = version(name)

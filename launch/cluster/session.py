@@ -112,7 +112,7 @@ def start_ray(
     with contextlib.ExitStack() as stack:
         try:
             with held(), _signals_kept():
-                stack.enter_context(_environment(PYTHONBREAKPOINT=os.environ.get("PYTHONBREAKPOINT")))
+                stack.enter_context(environment(PYTHONBREAKPOINT=os.environ.get("PYTHONBREAKPOINT")))
                 host = stack.enter_context(started)
             yield Cluster(own=own, host=host, logs=logs)
         finally:
@@ -130,7 +130,7 @@ def _start_own(
         with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
         stack.enter_context(
-            _environment(
+            environment(
                 RAY_AUTH_MODE="token",
                 RAY_AUTH_TOKEN=None,  # would win over the path
                 RAY_AUTH_TOKEN_PATH=str(token),
@@ -149,7 +149,7 @@ def _start_own(
             forkserver.listen(folder)
         with (
             _lean(forkserver),
-            _environment(**worker_env, **mark),  # workers inherit it from Ray's processes, which start here
+            environment(**worker_env, **mark),  # workers inherit it from Ray's processes, which start here
             _failing_in_words(folder, logs),
         ):
             ray.init(
@@ -224,9 +224,9 @@ def cluster_at(address: str, insecure: bool = False) -> str:
     """The address of the cluster's GCS, once it has answered and taken our token. Raises SettingsError or TryAgain."""
     if "://" in address:
         raise SettingsError(
-            f"RAY_ADDRESS={address} is not the address of a cluster's GCS (host:6379). Use `ray job submit --address "
-            f"{address} -- distca train ...`, run this on a node of the cluster, or unset RAY_ADDRESS to start a Ray "
-            "of its own here."
+            f"RAY_ADDRESS={address} is not the address of a cluster's GCS (host:6379). Use `distca submit RUN.yaml "
+            f"--address {address}`, run this on a node of the cluster, or unset RAY_ADDRESS to start a Ray of its own "
+            "here."
         )
     try:
         gcs = services.canonicalize_bootstrap_address(address)  # looks up "auto", and a name's number
@@ -244,7 +244,7 @@ def cluster_at(address: str, insecure: bool = False) -> str:
         raise SettingsError(
             f"the Ray cluster at {gcs} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=<its file>"
         )
-    if protected and not _lets_in(gcs, _our_token()):  # Ray would try for half a minute
+    if protected and not _lets_in(gcs, our_token()):  # Ray would try for half a minute
         raise SettingsError(
             f"the Ray cluster at {gcs} refused our token: set RAY_AUTH_TOKEN_PATH to the file with its token"
         )
@@ -258,9 +258,9 @@ def _join(address: str, worker_env: Mapping[str, str], insecure: bool) -> Iterat
     with contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(ray_driver, "print_to_stdstream", _to_log))
         stack.callback(ray.shutdown)
-        environment = {"env_vars": dict(worker_env)}
+        of_workers = {"env_vars": dict(worker_env)}
         try:
-            ray.init(address=gcs, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=gcs, runtime_env=of_workers, log_to_driver=False, logging_level=logging.ERROR)
         except AuthenticationError as error:
             raise SettingsError(f"the Ray cluster at {gcs} refused our token: {last_line(error)}") from None
         except ConnectionError as error:
@@ -283,7 +283,7 @@ def _lets_in(gcs_address: str, token: Mapping[str, str]) -> bool:
     return True
 
 
-def _our_token() -> Mapping[str, str]:
+def our_token() -> Mapping[str, str]:
     """The header that Ray's own calls have."""
     try:
         return AuthenticationTokenLoader.instance().get_token_for_http_header()
@@ -293,7 +293,7 @@ def _our_token() -> Mapping[str, str]:
 
 
 @contextlib.contextmanager
-def _environment(**values: str | None) -> Iterator[None]:
+def environment(**values: str | None) -> Iterator[None]:
     """Environment variables for a while; None takes one away."""
     before = {name: os.environ.get(name) for name in values}
 

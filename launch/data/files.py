@@ -21,7 +21,7 @@ from pathlib import Path
 from distca.config import SourceSettings
 from distca.errors import DataError, first_line
 from distca.launch.data.documents import Document, Problem
-from distca.paths import expanded, looks_local
+from distca.paths import expanded, looks_local, matching
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def _raise(error: OSError) -> None:
 
 
 def _glob_files(name: str, source: SourceSettings, pattern: Path) -> list[DataFile]:
-    matches = [Path(match) for match in sorted(glob.glob(_escaped(pattern), recursive=True))]
+    matches = matching(pattern)
     files = [match for match in matches if not match.is_dir()]
     if not files:
         raise DataError(f"{name}: no file matches; the pattern is looked up in {Path.cwd()}")
@@ -184,12 +184,6 @@ def _glob_files(name: str, source: SourceSettings, pattern: Path) -> list[DataFi
     found = [DataFile(file, str(file.relative_to(root)), _format(file, source)) for file in files]
     _say_splits(name, found)
     return found
-
-
-def _escaped(pattern: Path) -> str:
-    """With the folders that are there taken by their names, also if these look like patterns: `run [1]/*.jsonl`."""
-    there = next((folder for folder in pattern.parents if folder.is_dir()), Path())
-    return str(Path(glob.escape(str(there)), pattern.relative_to(there)))
 
 
 def _say_splits(name: str, files: Sequence[DataFile]) -> None:

@@ -13,7 +13,6 @@ in its checkpoints, and documents are known by their content.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
@@ -28,7 +27,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from distca.config import FORMULAS, ModelSettings, RunSettings, dump_settings, validate_settings
+from distca.config import FORMULAS, ModelSettings, RunSettings, dump_settings
 from distca.errors import DataError, SettingsError, first_line
 from distca.hardware import read_hardware, write_hardware
 from distca.launch.data.batches import read_meta
@@ -37,7 +36,7 @@ from distca.launch.data.identity import find_prepared
 from distca.launch.folder.publish import Published
 from distca.launch.folder.status import RUN_FILE
 from distca.parallel.models import mapping_of, read_config
-from distca.paths import expanded, looks_local
+from distca.paths import looks_local
 
 logger = logging.getLogger(__name__)
 
@@ -57,34 +56,6 @@ ELSEWHERE = (
     *("planner.cost", "monitor.*"),
 )
 """Where things are, or what is compared by content: nothing to be said of it."""
-
-
-def absolute_paths(settings: RunSettings) -> RunSettings:
-    """The settings with every path of this machine absolute; names on the hub stay as they are."""
-    values = settings.model_dump()
-    data, model = values["data"], values["model"]
-    model["path"] = _absolute(model["path"])
-    if data["tokenizer"] != "bytes":
-        data["tokenizer"] = _absolute(data["tokenizer"])
-    data["cache"] = _absolute(data["cache"], local=True)
-    for source in data["sources"]:
-        if source["format"] != "hub":
-            source["path"] = _absolute(source["path"])
-    values["monitor"]["folder"] = _absolute(values["monitor"]["folder"], local=True)
-    if values["planner"]["cost"] not in FORMULAS:
-        values["planner"]["cost"] = _absolute(values["planner"]["cost"], local=True)
-    return validate_settings(values)
-
-
-def _absolute(name: str | Path | None, local: bool = False) -> str | None:
-    if name is None:
-        return None
-    name, place = str(name), expanded(name)
-    if glob.has_magic(name) and not local and not os.path.exists(place):
-        return os.path.join(glob.escape(str(Path.cwd())), place)  # only what was written is a pattern
-    if local or looks_local(name) or os.path.exists(place):
-        return str(Path.cwd() / place)
-    return name
 
 
 def write_settings(settings: RunSettings, folder: Path) -> None:

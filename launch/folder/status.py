@@ -127,7 +127,7 @@ def lines_of(status: Status) -> list[tuple[str, str]]:
         left_s = (status.num_steps - status.step) * status.step_s
         lines.append(("speed", f"{last.tokens / max(status.step_s, 1e-9):,.0f} tokens/s, {status.step_s:.2f} s a step"))
         if status.places and left_s:
-            lines.append(("left", f"about {_duration(left_s)}"))
+            lines.append(("left", f"about {duration(left_s)}"))
     saved = ", ".join(map(str, status.checkpoints)) or "none yet"
     lines.append(("checkpoints", f"of step {saved}" if status.checkpoints else saved))
     lines += [("worker", f"{place.name:10} {place.host}, process {place.pid}") for place in status.places]
@@ -153,10 +153,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def _ago(seconds: float) -> str:
-    return f"{_duration(seconds)} ago"
+    return f"{duration(seconds)} ago"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Two of its largest units."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     whole, parts = round(seconds), []

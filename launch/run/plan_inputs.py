@@ -12,7 +12,7 @@ from distca.config import RunSettings
 from distca.hardware import plan_inputs
 from distca.launch.data.batches import Corpus, DocumentStream
 from distca.launch.data.prepare import prepare
-from distca.launch.folder.runs import absolute_paths
+from distca.launch.folder.paths import absolute_paths
 from distca.launch.run.outlook import describe_overlap, outlook_of, shape_of
 from distca.launch.run.server import pool_of
 from distca.masks import MaskRule

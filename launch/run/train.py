@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from distca.config import RunSettings, dump_settings, load_settings
+from distca.config import RunSettings, dump_settings
 from distca.errors import SettingsError, TryAgain, UserError
 from distca.launch.cluster.hosts import versions
 from distca.launch.cluster.workers import (
@@ -30,9 +30,9 @@ from distca.launch.cluster.workers import (
 from distca.launch.data.batches import Corpus, first_step_with_targets
 from distca.launch.folder.make import accounted, go_on, new_folder, refuse_folder
 from distca.launch.folder.monitor import Monitor
+from distca.launch.folder.paths import absolute_paths
 from distca.launch.folder.publish import Published, newest, prune, publishing
 from distca.launch.folder.runs import (
-    absolute_paths,
     changes_since,
     keep_model,
     known_documents,
@@ -40,7 +40,7 @@ from distca.launch.folder.runs import (
     with_own_model,
     write_settings,
 )
-from distca.launch.folder.status import CHECKPOINTS, RUN_FILE, taking_part
+from distca.launch.folder.status import CHECKPOINTS, taking_part
 from distca.launch.folder.trace import StepTrace
 from distca.launch.process.forkserver import OWN_RAY, RayOptions
 from distca.launch.process.stop import finishing
@@ -76,10 +76,10 @@ def train(settings: RunSettings, console: Console, ray: RayOptions = OWN_RAY, ow
     return folder
 
 
-def resume(folder: Path, overrides: list[str], console: Console, ray: RayOptions = OWN_RAY) -> Path:
-    """Go on from a run's newest checkpoint, in its folder; `overrides` may change the pool, the number of steps, …"""
-    folder = folder.absolute()
-    settings = absolute_paths(load_settings(folder / RUN_FILE, overrides))
+def resume(folder: Path, settings: RunSettings, console: Console, ray: RayOptions = OWN_RAY) -> Path:
+    """Go on from a run's newest checkpoint, in its folder; `settings` may differ from the run's in the pool, the number
+    of steps, …"""
+    folder, settings = folder.absolute(), absolute_paths(settings)
     checkpoint = newest(folder / CHECKPOINTS)
     changes = changes_since(checkpoint, settings)
     refuse_precision(settings)

@@ -36,6 +36,8 @@ PLACES = {
     "datasets": ["launch/data/tables.py"],
     "ray": ["launch/cluster"],
     "grpc": ["launch/cluster/session.py"],
+    "aiohttp": ["launch/cluster/jobs.py"],
+    "requests": ["launch/cluster/jobs.py"],
     "matplotlib": ["launch/bench/compare.py", "launch/folder/monitor.py", "launch/bench/plan.py"],
     "pydantic": ["distca/config.py", "distca/hardware.py"],
     "yaml": ["distca/config.py", "distca/hardware.py", "launch/cluster/scripts.py"],
@@ -105,7 +107,7 @@ def test_a_file_imports_only_what_lies_below_it_and_libraries_in_their_places(fi
         ("launch/run/train.py", "import ray"),
         ("launch/run/train.py", "from distca.launch.bench.race import race"),
         ("launch/run/train.py", "import distca.launch.cli"),
-        ("launch/run/train.py", "import requests"),
+        ("launch/run/train.py", "import httpx"),
     ],
 )
 def test_planted_imports_are_found(file, line):

@@ -1,7 +1,6 @@
 """Runs over several hosts with addresses of their own, on a Ray cluster that asks for a token."""
 
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import DISTCA, wait_until, write_run_file
+from commands import DISTCA, losses_alone, losses_of, wait_until, write_run_file
 from hosts import Host, network, ray_cluster, ray_head, ray_node, without_ray
 
 from distca.errors import EXIT_SETTINGS, EXIT_TRY_AGAIN
@@ -40,28 +39,6 @@ def test_a_step_over_two_hosts_is_exact(hosts, environment, tmp_path, transport)
     assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout
 
 
-def losses_of(folder: Path) -> list[float]:
-    """Of a run, step by step; every step is there once."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
-    return [record["loss"] for record in records]
-
-
-def losses_alone(folder: Path, steps: int) -> list[float]:
-    """On this machine, by a Ray of its own."""
-    (folder / "alone").mkdir()
-    command = [
-        *DISTCA,
-        "train",
-        write_run_file(folder / "alone", "hosts", train=dict(steps=steps)),
-        "--folder",
-        folder / "alone" / "run",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return losses_of(folder / "alone" / "run")
-
-
 def test_losses_over_two_hosts_are_those_of_one_machine(hosts, environment, tmp_path):
     command = [
         *DISTCA,
@@ -72,7 +49,7 @@ def test_losses_over_two_hosts_are_those_of_one_machine(hosts, environment, tmp_
     ]
     done = hosts[0].run(command, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert losses_of(tmp_path / "run") == losses_alone(tmp_path, 20)
+    assert losses_of(tmp_path / "run") == losses_alone(tmp_path, train=dict(steps=20))
 
 
 def test_a_killed_driver_leaves_no_worker_on_any_host(hosts, environment, tmp_path):
@@ -187,4 +164,4 @@ def test_the_batch_script_trains_saves_when_told_is_requeued_and_goes_on(hosts, 
         assert second.wait(240) == 0, said()
     assert "resuming" in said() and (tmp_path / "scontrol.txt").read_text() == f"requeue {job}\n"
     folder = tmp_path / "runs" / f"hosts-{job}"
-    assert losses_of(folder) == losses_alone(tmp_path, steps)
+    assert losses_of(folder) == losses_alone(tmp_path, train=dict(steps=steps))

@@ -23,8 +23,9 @@ from distca.errors import EXIT_DATA, EXIT_OK, EXIT_OTHER, EXIT_SETTINGS, EXIT_TR
 from distca.launch import cli
 from distca.launch.cluster.workers import WorkerLost
 from distca.launch.data.prepare import prepare
+from distca.launch.folder.paths import absolute_paths
 from distca.launch.folder.publish import publishing
-from distca.launch.folder.runs import absolute_paths, keep_model, known_documents
+from distca.launch.folder.runs import keep_model, known_documents
 from distca.launch.run import team, train
 from distca.launch.run.check import check, prepare_documents
 from distca.parallel.models import build_model, read_config

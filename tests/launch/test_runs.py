@@ -17,11 +17,11 @@ from distca.config import RunSettings, validate_settings
 from distca.errors import DataError, SettingsError
 from distca.hardware import costs_of
 from distca.launch.data.prepare import prepare
+from distca.launch.folder.paths import absolute_paths
 from distca.launch.folder.publish import Published
 from distca.launch.folder.runs import (
     KERNEL_TIMES,
     MODEL,
-    absolute_paths,
     changes_since,
     differences,
     keep_model,

@@ -146,7 +146,7 @@ def test_a_guarded_process_ends_with_its_parent():
 
 def test_the_address_of_a_job_server_is_refused_with_a_way_out(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
-    with pytest.raises(SettingsError, match="ray job submit --address http://127.0.0.1:8265 -- distca"):
+    with pytest.raises(SettingsError, match="distca submit RUN.yaml --address http://127.0.0.1:8265"):
         with start_ray(tmp_path, num_workers=1):
             pass
 
@@ -154,7 +154,7 @@ def test_the_address_of_a_job_server_is_refused_with_a_way_out(tmp_path, monkeyp
 def test_an_environment_comes_back(monkeypatch):
     monkeypatch.setenv("DISTCA_A", "1")
     monkeypatch.delenv("DISTCA_B", raising=False)
-    with session._environment(DISTCA_A=None, DISTCA_B="2"):
+    with session.environment(DISTCA_A=None, DISTCA_B="2"):
         assert "DISTCA_A" not in os.environ and os.environ["DISTCA_B"] == "2"
     assert os.environ["DISTCA_A"] == "1" and "DISTCA_B" not in os.environ
 
@@ -218,7 +218,7 @@ def head(tmp_path, monkeypatch):
     """A cluster on loopback that asks for the token in the file; its address is in RAY_ADDRESS."""
     mark, port, token = uuid.uuid4().hex, free_port(), tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
-    with session._environment(
+    with session.environment(
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN_PATH=str(token),
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
@@ -247,15 +247,15 @@ def head(tmp_path, monkeypatch):
 @pytest.mark.alone
 @pytest.mark.slow
 def test_a_cluster_is_joined_with_its_token_and_not_without(head, tmp_path):
-    with session._environment(RAY_AUTH_MODE="disabled"), pytest.raises(SettingsError, match="asks for a token"):
+    with session.environment(RAY_AUTH_MODE="disabled"), pytest.raises(SettingsError, match="asks for a token"):
         with start_ray(tmp_path, num_workers=2):
             pass
     (tmp_path / "wrong").write_text("f" * 64)
     for path, reason in {"wrong": "refused our token", "nowhere": "asks for a token, and we have none"}.items():
-        with session._environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(tmp_path / path)):
+        with session.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(tmp_path / path)):
             with pytest.raises(SettingsError, match=reason), start_ray(tmp_path, num_workers=2):
                 pass
-    with session._environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(head)):
+    with session.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(head)):
         with start_ray(tmp_path, num_workers=2, threads=2) as joined:
             placement = place(joined, 2, timeout_s=100, threads=2)
             assert not joined.own and placement.num_cpus == 0.5  # a fair share of the one there is

@@ -1,11 +1,14 @@
-"""A small run of the `distca` command as a user starts it: its run file, and waiting for what it does."""
+"""A small run of the `distca` command as a user starts it: its run file, its losses, and waiting for what it does."""
 
+import json
+import subprocess
 import sys
 import sysconfig
 import time
 from pathlib import Path
 
 import yaml
+from hosts import without_ray
 
 DISTCA = [sys.executable, "-m", "distca.launch.entry"]  # as the script `distca` does
 MODEL = dict(
@@ -43,3 +46,20 @@ def wait_until(true, seconds, what):
     while not true():
         assert time.monotonic() < end, what()
         time.sleep(0.02)
+
+
+def losses_of(folder: Path) -> list[float]:
+    """Of a run, step by step; every step is there once."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return [record["loss"] for record in records]
+
+
+def losses_alone(folder: Path, **sections) -> list[float]:
+    """Of a run on this machine, by a Ray of its own."""
+    (folder / "alone").mkdir()
+    run = write_run_file(folder / "alone", "alone", **sections)
+    command = [*DISTCA, "train", run, "--folder", folder / "alone" / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, env=without_ray())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return losses_of(folder / "alone" / "run")

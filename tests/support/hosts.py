@@ -87,19 +87,23 @@ def without_ray() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def ray_head(host: Host, folder: Path, num_cpus: int) -> Iterator[dict[str, str]]:
-    """A Ray that asks for a token: the environment of a driver, and of the nodes that join."""
+def ray_head(host: Host, folder: Path, num_cpus: int, job_server: bool = False) -> Iterator[dict[str, str]]:
+    """A Ray that asks for a token: the environment of a driver, and of the nodes that join. Its jobs find Python in
+    the environment of these tests."""
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
+    sessions = tempfile.mkdtemp(prefix="hosts-", dir="/tmp")  # Ray's sockets want a short path
     environment = without_ray() | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ADDRESS": f"{host.address}:{PORT}",
+        "RAY_TMPDIR": sessions,
+        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
     }
-    sessions = Path(tempfile.mkdtemp(prefix="hosts-", dir="/tmp"))  # Ray's sockets want a short path
-    options = ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={sessions}"]
+    options = ["--head", f"--port={PORT}", f"--include-dashboard={job_server}".lower()]
+    options += [f"--dashboard-host={host.address}"] if job_server else []
     try:
         with _node(host, options, environment, folder, num_cpus):
             yield environment
@@ -117,12 +121,16 @@ def ray_node(
 
 
 @contextlib.contextmanager
-def ray_cluster(hosts: Sequence[Host], folder: Path, num_cpus: int) -> Iterator[dict[str, str]]:
+def ray_cluster(
+    hosts: Sequence[Host], folder: Path, num_cpus: int, job_server: bool = False
+) -> Iterator[dict[str, str]]:
     """A Ray node on every host, the head on the first: the environment of a driver."""
     with contextlib.ExitStack() as stack:
-        environment = stack.enter_context(ray_head(hosts[0], folder, num_cpus))
+        environment = stack.enter_context(ray_head(hosts[0], folder, num_cpus, job_server))
+        # Ray brings a job's files into a folder of each host, which here would be one and the same
+        before = f"mount -t tmpfs tmpfs {environment['RAY_TMPDIR']}" if job_server else ""
         for host in hosts[1:]:
-            stack.enter_context(ray_node(host, environment, folder, num_cpus))
+            stack.enter_context(ray_node(host, environment, folder, num_cpus, before))
         yield environment
 
 

@@ -1,0 +1,109 @@
+"""A run as a job of a cluster elsewhere: three hosts with addresses of their own, and a client that is on none."""
+
+import re
+import signal
+import subprocess
+
+import pytest
+from commands import DISTCA, losses_alone, losses_of, wait_until, write_run_file
+from hosts import network, ray_cluster
+
+from distca.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_SETTINGS, EXIT_TRY_AGAIN
+
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
+
+STEPS = 20
+
+
+class Client:
+    """A machine from which jobs are submitted, with the cluster's token."""
+
+    def __init__(self, host, environment, address):
+        self.host, self.address = host, f"http://{address}:8265"
+        self.environment = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
+
+    def command(self, verb, *arguments):
+        return [*DISTCA, verb, *map(str, arguments), "--address", self.address]
+
+    def run(self, verb, *arguments, **environment) -> subprocess.CompletedProcess:
+        wanted = {name: value for name, value in (self.environment | environment).items() if value is not None}
+        return self.host.run(self.command(verb, *arguments), env=wanted)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    with (
+        network(4) as hosts,
+        ray_cluster(hosts[:3], tmp_path_factory.mktemp("cluster"), num_cpus=1, job_server=True) as environment,
+    ):
+        yield Client(hosts[3], environment, hosts[0].address)
+
+
+def test_a_job_trains_as_one_machine_does_and_its_exit_code_is_ours(client, tmp_path):
+    run = write_run_file(tmp_path, "job", train=dict(steps=STEPS))
+    done = client.run("submit", run, "--hosts", 3)
+    assert done.returncode == EXIT_OK, done.stdout
+    assert f"step {STEPS}/{STEPS}" in done.stdout and "packed" in done.stdout
+    assert losses_of(tmp_path / "runs" / "job") == losses_alone(tmp_path, train=dict(steps=STEPS))
+    again = client.run("submit", run)
+    assert again.returncode == EXIT_SETTINGS and f"step {STEPS} of {STEPS} is done" in again.stdout
+    (name,) = re.findall(r"^job +(\S+) at", done.stdout, re.MULTILINE)
+    listed = client.run("jobs").stdout
+    assert re.search(rf"{re.escape(name)} +succeeded +0 ", listed), listed
+    assert f"step {STEPS}/{STEPS}" in client.run("logs", name).stdout
+
+
+def test_a_job_goes_on_without_its_follower_is_stopped_with_a_checkpoint_and_resumes(client, tmp_path):
+    """Long steps, so that it is stopped in the middle."""
+    run = write_run_file(tmp_path, "resumed", train=dict(steps=STEPS, tokens_per_step=16384))
+    with open(tmp_path / "output", "w") as output:
+        command = client.command("submit", run)
+        follower = client.host.start(command, env=client.environment, stdout=output, stderr=output)
+    said = (tmp_path / "output").read_text
+    wait_until(lambda: re.search(r"step +2/", said()), 120, said)
+    busy = client.run("submit", run)
+    assert busy.returncode == EXIT_SETTINGS and "is training in" in busy.stdout
+    follower.send_signal(signal.SIGINT)
+    assert follower.wait(30) == EXIT_INTERRUPTED, said()
+    name = re.search(r"no longer following (\S+), which goes on", said())[1]
+    assert f"distca logs {name} --address {client.address}" in said()
+    assert "running" in client.run("jobs").stdout
+
+    stopped = client.run("stop", name)
+    assert stopped.returncode == EXIT_OK and "go on from its newest checkpoint" in stopped.stdout, stopped.stdout
+    logs = client.run("logs", name)
+    assert logs.returncode == EXIT_TRY_AGAIN and "stopped as asked after step" in logs.stdout, logs.stdout
+    assert 2 <= len(losses_of(tmp_path / "runs" / "resumed")) < STEPS
+    assert client.run("stop", name).returncode == EXIT_SETTINGS
+
+    done = client.run("submit", run)
+    assert done.returncode == EXIT_OK and "resuming" in done.stdout, done.stdout
+    alone = losses_alone(tmp_path, train=dict(steps=STEPS, tokens_per_step=16384))
+    assert losses_of(tmp_path / "runs" / "resumed") == alone
+
+
+def test_who_has_no_token_or_another_one_is_told_so(client, tmp_path):
+    (tmp_path / "other").write_text("a" * 64)
+    for environment, sentence in (
+        (dict(RAY_AUTH_MODE=None, RAY_AUTH_TOKEN_PATH=None), "asks for a token: set RAY_AUTH_MODE=token"),
+        (dict(RAY_AUTH_TOKEN_PATH=str(tmp_path / "other")), "refused our token"),
+        (dict(RAY_AUTH_TOKEN_PATH=str(tmp_path / "none")), "we have none"),
+    ):
+        done = client.run("submit", write_run_file(tmp_path, "secret", train=dict(steps=1)), **environment)
+        assert done.returncode == EXIT_SETTINGS and sentence in done.stdout, done.stdout
+    assert "secret" not in client.run("jobs").stdout
+
+
+def test_a_cluster_without_room_is_try_again(client, tmp_path):
+    holds = write_run_file(tmp_path, "holds", train=dict(steps=10_000))
+    assert client.run("submit", holds, "--no-follow-log").returncode == EXIT_OK
+    (name,) = re.findall(r"holds-\S+", client.run("jobs").stdout)
+    try:
+        wait_until(lambda: (tmp_path / "runs" / "holds" / "metrics.jsonl").exists(), 120, lambda: "no step")
+        wants = write_run_file(tmp_path, "wants", train=dict(steps=1), parallel=dict(trainers=4, start_timeout_s=3.0))
+        done = client.run("submit", wants)
+        assert done.returncode == EXIT_TRY_AGAIN, done.stdout
+        assert "6 workers share 3 CPUs of the cluster, and others hold them" in done.stdout
+        assert not (tmp_path / "runs" / "wants").exists()
+    finally:
+        assert client.run("stop", name).returncode == EXIT_OK
