@@ -1,12 +1,17 @@
 """A run as a job of a cluster elsewhere: three hosts with addresses of their own, and a client that is on none."""
 
+import contextlib
+import os
 import re
+import shlex
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
+import yaml
 from commands import DISTCA, losses_alone, losses_of, wait_until, write_run_file
-from hosts import network, ray_cluster
+from hosts import RAY, network, own_sessions, ray_cluster, ray_head, ray_node
 
 from distca.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_SETTINGS, EXIT_TRY_AGAIN
 
@@ -92,6 +97,44 @@ def test_who_has_no_token_or_another_one_is_told_so(client, tmp_path):
         done = client.run("submit", write_run_file(tmp_path, "secret", train=dict(steps=1)), **environment)
         assert done.returncode == EXIT_SETTINGS and sentence in done.stdout, done.stdout
     assert "secret" not in client.run("jobs").stdout
+
+
+@pytest.fixture
+def pods(tmp_path):
+    """What a shell does on a host so that it has a pod's two volumes, which are folders of this test."""
+    if os.geteuid():
+        pytest.skip("would show that the manifest's command trains in pods; only root can make their folders")
+    made = [place for place in (Path("/run-file"), Path("/shared")) if not place.exists()]
+    for place in made:
+        place.mkdir()
+    for name in ("run-file", "shared"):
+        (tmp_path / name).mkdir()
+    yield " && ".join(f"mount --bind {tmp_path}/{name} /{name}" for name in ("run-file", "shared"))
+    for place in made:
+        place.rmdir()
+
+
+def test_the_manifests_command_trains_in_pods_with_its_volumes(pods, tmp_path):
+    """As a job, as KubeRay starts it; the head has no CPUs of its own."""
+    run = write_run_file(tmp_path, "Pods", train=dict(steps=5), data=dict(cache="/shared/cache"))
+    command = [*DISTCA, "script", "kuberay", run, "--image", "registry/distca:1", "--claim", "data", "--per-node", "2"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    run_file, job = yaml.safe_load_all(printed)
+    (tmp_path / "run-file" / "run.yaml").write_text(run_file["data"]["run.yaml"])
+    spec = job["spec"]
+    num_workers = spec["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
+    with contextlib.ExitStack() as stack:
+        hosts = stack.enter_context(network(num_workers + 2))
+        head = ray_head(hosts[0], tmp_path, 0, job_server=True, before=pods)
+        environment = stack.enter_context(head)
+        for host in hosts[1:-1]:
+            before = f"{pods} && {own_sessions(environment)}"
+            stack.enter_context(ray_node(host, environment, tmp_path, 2, before))
+        submit = [*RAY, "job", "submit", "--address", f"http://{hosts[0].address}:8265", "--"]
+        client = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
+        done = hosts[-1].run([*submit, *shlex.split(spec["entrypoint"])], env=client)  # as KubeRay puts it together
+    assert done.returncode == 0, done.stdout
+    assert len(losses_of(tmp_path / "shared" / "runs" / "distca-pods")) == 5
 
 
 def test_a_cluster_without_room_is_try_again(client, tmp_path):

@@ -87,9 +87,11 @@ def without_ray() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def ray_head(host: Host, folder: Path, num_cpus: int, job_server: bool = False) -> Iterator[dict[str, str]]:
+def ray_head(
+    host: Host, folder: Path, num_cpus: int, job_server: bool = False, before: str = ""
+) -> Iterator[dict[str, str]]:
     """A Ray that asks for a token: the environment of a driver, and of the nodes that join. Its jobs find Python in
-    the environment of these tests."""
+    the environment of these tests. `before`: see `ray_node`."""
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
@@ -105,7 +107,7 @@ def ray_head(host: Host, folder: Path, num_cpus: int, job_server: bool = False) 
     options = ["--head", f"--port={PORT}", f"--include-dashboard={job_server}".lower()]
     options += [f"--dashboard-host={host.address}"] if job_server else []
     try:
-        with _node(host, options, environment, folder, num_cpus):
+        with _node(host, options, environment, folder, num_cpus, before):
             yield environment
     finally:
         shutil.rmtree(sessions, ignore_errors=True)
@@ -120,6 +122,12 @@ def ray_node(
         yield
 
 
+def own_sessions(environment: Mapping[str, str]) -> str:
+    """`before` of a node that runs jobs: Ray brings their files into a folder of each host, which is one and the same
+    here."""
+    return f"mount -t tmpfs tmpfs {environment['RAY_TMPDIR']}"
+
+
 @contextlib.contextmanager
 def ray_cluster(
     hosts: Sequence[Host], folder: Path, num_cpus: int, job_server: bool = False
@@ -127,8 +135,7 @@ def ray_cluster(
     """A Ray node on every host, the head on the first: the environment of a driver."""
     with contextlib.ExitStack() as stack:
         environment = stack.enter_context(ray_head(hosts[0], folder, num_cpus, job_server))
-        # Ray brings a job's files into a folder of each host, which here would be one and the same
-        before = f"mount -t tmpfs tmpfs {environment['RAY_TMPDIR']}" if job_server else ""
+        before = own_sessions(environment) if job_server else ""
         for host in hosts[1:]:
             stack.enter_context(ray_node(host, environment, folder, num_cpus, before))
         yield environment
