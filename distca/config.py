@@ -212,6 +212,9 @@ class TrainSettings(Settings):
     schedule: ScheduleSettings = ScheduleSettings()
 
 
+Placement = Literal["beside", "apart", "spread"]
+
+
 class ParallelSettings(Settings):
     trainers: PositiveInt = 1
     """Processes that hold the model's layers, one per GPU (or CPU process)."""
@@ -222,6 +225,10 @@ class ParallelSettings(Settings):
     dedicated."""
     trainer_capacity: int = Field(100, ge=1, le=100)
     """Share (percent) of a dedicated server's attention work that a serving trainer takes in a mixed pool."""
+    placement: Placement = "beside"
+    """Where workers are if there are several hosts. `beside`: trainers on as few as possible, dedicated servers in the
+    room left there, then on others. `apart`: dedicated servers on hosts without trainers, as many on each. `spread`:
+    every host has its share of both."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed splits over trainers: 1 optimizer states, 2 and gradients, 3 and weights."""
     overlap: Literal["auto", "on", "off"] = "auto"
@@ -262,8 +269,8 @@ class WireSettings(Settings):
     moving it would take longer; default: work is shared out evenly whatever that takes."""
     gb_per_s_in_node: PositiveFloat | None = None
     """The same inside a node. Default: as between nodes."""
-    ranks_per_node: PositiveInt = 1
-    """Trainers on one node."""
+    ranks_per_node: PositiveInt | None = None
+    """Trainers on one node. Default: as they are placed."""
     tflops: PositiveFloat | None = None
     """TFLOP per second that a server's kernels reach. Needed with `cost` pairs or row-blocks; a table of measured times
     has it."""
@@ -283,9 +290,10 @@ class PlannerSettings(Settings):
     block of 128 rows. Or a YAML file with measured times (configs/hardware)."""
     backward: Literal["same-plan", "own-plan"] = "same-plan"
     """Whether backward, whose kernels have other costs, gets a plan of its own."""
-    neighbourhoods: PositiveInt = 1
+    neighbourhoods: PositiveInt | None = None
     """Trainers and servers are in so many runs, such as racks, in their order; work leaves a neighbourhood only where
-    its own servers have no time left. Neighbourhoods too small for the longest document are joined."""
+    its own servers have no time left. Neighbourhoods too small for the longest document are joined. Default: the nodes,
+    where `wire.gb_per_s_in_node` says that they are nearer; else one."""
     wire: WireSettings = WireSettings()
 
     @model_validator(mode="after")

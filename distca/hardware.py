@@ -122,7 +122,7 @@ def plan_inputs(
         lengths,
         rules,
         num_ranks,
-        replace(pool, neighbourhoods=planner.neighbourhoods),
+        replace(pool, neighbourhoods=planner.neighbourhoods or 1),
         round(planner.tolerance * MILLION),
         planner.block,
         group or shape.query_heads // shape.kv_heads,
@@ -171,4 +171,4 @@ def _wire(planner: PlannerSettings, shape: AttentionShape, directions: tuple[boo
 
     near = wire.gb_per_s_in_node or wire.gb_per_s
     far_near = (tuple(price(*row, speed) for row in ((1, 0), (0, 1))) for speed in (wire.gb_per_s, near))
-    return Wire(*far_near, wire.ranks_per_node)
+    return Wire(*far_near, wire.ranks_per_node or 1)

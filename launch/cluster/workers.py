@@ -1,7 +1,7 @@
 """Where do workers run, and how do they start, answer and end?
 
     with start_ray(run_folder, num_workers=4) as cluster:
-        placement = place(cluster, num_workers=4, timeout_s=120)
+        placement = place(cluster, trainers=4, timeout_s=120)
         workers = [spawn(Trainer, rank, placement=placement, bundle=rank, role="trainer") for rank in range(4)]
         gather([w.made for w in workers], 120, "starting")
         losses = gather([w.call("step", 1) for w in workers], 600, "running step 1")
@@ -12,18 +12,21 @@ worker reaches the caller as one `UserError` that names the worker and what it w
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import re
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.exceptions import (
     ActorUnavailableError,
     OutOfMemoryError,
@@ -34,6 +37,7 @@ from ray.exceptions import (
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from distca.config import Placement
 from distca.errors import SettingsError, TryAgain, UserError
 from distca.launch.cluster.hosts import (
     Common,
@@ -43,11 +47,15 @@ from distca.launch.cluster.hosts import (
     refuse_unreachable,
     unreachable,
 )
+from distca.launch.cluster.places import places_of, shared_out
 from distca.launch.cluster.session import SAY_EVERY_S, Cluster, last_line, uncoloured
 from distca.launch.process.parent import guard_parent
 
 logger = logging.getLogger(__name__)
 
+NODE = "ray.io/node-id"  # the label that Ray gives each node
+ASK_AGAIN_S = 0.2
+TAKEN_S = 5.0  # what is free is taken at once; later somebody else has it
 ROOT_CAUSE_S = 1.0  # after a first failure, others are awaited this long: the first to speak is often a victim
 
 
@@ -68,13 +76,14 @@ class WorkerSilent(WorkerFailed):
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class Reserved:
     """Resources set aside for all workers, one bundle for each."""
 
     cluster: Cluster
     group: PlacementGroup
     num_cpus: float  # of each bundle
     num_gpus: int  # of each bundle
+    hosts: tuple[str, ...]  # address of each bundle's
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,55 +131,126 @@ class Call:
     ref: ray.ObjectRef
 
 
-def place(cluster: Cluster, num_workers: int, *, timeout_s: float, gpus: bool = False, threads: int = 1) -> Placement:
-    """Set aside a place for each worker: one GPU where `gpus`, and CPUs for its threads, or a fair share of CPUs.
+def place(
+    cluster: Cluster,
+    trainers: int,
+    servers: int = 0,
+    placement: Placement = "beside",
+    *,
+    timeout_s: float,
+    gpus: bool = False,
+    threads: int = 1,
+) -> Reserved:
+    """Set aside a place for each worker, trainers first: a GPU where `gpus`, and CPUs for its threads, or a fair share.
 
     Waits aloud while somebody else has them. Raises `TryAgain` after `timeout_s`; `SettingsError` at once where our own
-    Ray can never have them.
+    Ray can never have them. That is one host, where `placement` has nothing to say.
     """
-    have, hosts = ray.cluster_resources(), [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    num_gpus = num_workers if gpus else 0
-    if cluster.own and have.get("GPU", 0) < num_gpus:
-        raise SettingsError(_missing(num_workers, num_gpus, have, "this machine"))
+    start = said = time.monotonic()
+    wanted = (trainers, servers, "beside" if cluster.own else placement)
+    while True:
+        nodes = _nodes()
+        decided = _decided([node.has for node in nodes], wanted, gpus, threads)
+        if cluster.own and decided is None:
+            raise SettingsError(_missing(wanted, gpus, nodes, "this machine"))
+        num_cpus = decided[0] if decided else 0.0
+        left_s = start + timeout_s - time.monotonic()
+        if decided and (places := _free_places(nodes, num_cpus, wanted, gpus)):
+            bundle = {"CPU": num_cpus, **({"GPU": 1} if gpus else {})}
+            at = [nodes[place] for place in places]
+            group = placement_group([bundle] * len(at), bundle_label_selector=[{NODE: node.name} for node in at])
+            try:
+                if group.wait(timeout_seconds=max(0.1, min(TAKEN_S, left_s))):
+                    return Reserved(cluster, group, num_cpus, int(gpus), tuple(node.host for node in at))
+            except BaseException:
+                ray.util.remove_placement_group(group)
+                raise
+            ray.util.remove_placement_group(group)  # somebody else was faster
+        now = time.monotonic()
+        if now - start >= timeout_s:
+            raise TryAgain(f"{_missing(wanted, gpus, nodes, 'the cluster')} (waited {now - start:.0f} s)")
+        if now - said >= SAY_EVERY_S:
+            said, num_workers = now, trainers + servers
+            logger.info(
+                "waiting for a place for %d workers since %.0f s: they need %s, free are %s",
+                num_workers,
+                now - start,
+                _amount(num_workers if gpus else 0, num_cpus * num_workers),
+                _amount(sum(n.free["GPU"] for n in nodes) if gpus else 0, sum(n.free["CPU"] for n in nodes)),
+            )
+        time.sleep(ASK_AGAIN_S)
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """One of Ray's, with its CPUs and GPUs."""
+
+    name: str
+    host: str
+    has: Mapping[str, float]
+    free: Mapping[str, float]
+
+
+def _nodes() -> list[_Node]:
+    """Those that are there, the driver's own first."""
+    free = available_resources_per_node()
+    own = ray.get_runtime_context().get_node_id()
+    found = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            name, has = node["NodeID"], node["Resources"]
+            held = free.get(name, {})
+            counts = [{kind: float(of.get(kind, 0)) for kind in ("CPU", "GPU")} for of in (has, held)]
+            found.append(_Node(name, node["NodeManagerAddress"], *counts))
+    return sorted(found, key=lambda node: (node.name != own, ipaddress.ip_address(node.host)))
+
+
+def _decided(
+    have: Sequence[Mapping[str, float]], wanted: tuple[int, int, Placement], gpus: bool, threads: int
+) -> tuple[float, list[int]] | None:
+    """CPUs of each worker and its place, if nobody else were there; None where there is no room."""
+    cpus = [node["CPU"] for node in have]
+    if not gpus:
+        return shared_out(cpus, threads, *wanted)
+    places = places_of([int(node["GPU"]) for node in have], *wanted)
+    if places is None:
+        return None
     # CPUs are counted to be fair to others, not exactly: with too few, workers are slow, but they start.
-    num_cpus = min(float(threads), cpu_share(hosts, num_workers))
-    bundle = {"CPU": num_cpus, **({"GPU": 1} if gpus else {})}
-    group = placement_group([bundle] * num_workers, strategy="PACK")
-    start = time.monotonic()
-    while not group.wait(timeout_seconds=max(0.1, min(SAY_EVERY_S, start + timeout_s - time.monotonic()))):
-        waited = time.monotonic() - start
-        if waited >= timeout_s:
-            ray.util.remove_placement_group(group)
-            sentence = _missing(num_workers, num_gpus, ray.cluster_resources(), "the cluster")
-            raise TryAgain(f"{sentence} (waited {waited:.0f} s)")
-        free = ray.available_resources()
-        logger.info(
-            "waiting for a place for %d workers since %.0f s: they need %s, free are %s",
-            num_workers,
-            waited,
-            _amount(num_gpus, num_cpus * num_workers),
-            _amount(free.get("GPU", 0) if gpus else 0, free.get("CPU", 0)),
-        )
-    return Placement(cluster, group, num_cpus, int(gpus))
+    least = min(int(100 * cpus[place] / number) for place, number in Counter(places).items())
+    return min(float(threads), max(1, least) / 100), places
 
 
-def cpu_share(hosts: Sequence[float], num_workers: int) -> float:
-    """The most CPUs, in hundredths, that each of the workers can have on hosts of so many CPUs; 0.01 where there are
-    none to share. A worker is on one host."""
-    shares = {int(100 * cpus / n) for cpus in hosts for n in range(1, num_workers + 1)}
-    fitting = [share for share in shares if share and sum(int(100 * cpus) // share for cpus in hosts) >= num_workers]
-    return max(fitting, default=1) / 100
+def _free_places(
+    nodes: Sequence[_Node], num_cpus: float, wanted: tuple[int, int, Placement], gpus: bool
+) -> list[int] | None:
+    rooms = [int(round(100 * node.free["CPU"]) // round(100 * num_cpus)) for node in nodes]
+    if gpus:
+        rooms = [min(room, int(node.free["GPU"])) for room, node in zip(rooms, nodes, strict=True)]
+    return places_of(rooms, *wanted)
 
 
-def _missing(num_workers: int, num_gpus: int, have: Mapping[str, float], where: str) -> str:
-    if num_gpus:
+def _missing(wanted: tuple[int, int, Placement], gpus: bool, nodes: Sequence[_Node], where: str) -> str:
+    """Why workers have no place, and what would help."""
+    trainers, servers, placement = wanted
+    workers, lower = trainers + servers, "lower parallel.trainers or parallel.servers"
+    have = [node.has for node in nodes]
+    if (
+        placement != "beside"
+        and not _decided(have, wanted, gpus, 1)
+        and _decided(have, (*wanted[:2], "beside"), gpus, 1)
+    ):
         return (
-            f"{num_workers} workers need {_count(num_gpus, 'GPU')}, {where} has {have.get('GPU', 0):g}: lower "
-            "parallel.trainers or parallel.servers, or set parallel.device: cpu"
+            f"parallel.placement: {placement} finds no room for {_count(trainers, 'trainer')} and "
+            f"{_count(servers, 'server')} on {_count(len(nodes), 'host')}: `beside` does"
+        )
+    if gpus:
+        return (
+            f"{workers} workers need {_count(workers, 'GPU')}, {where} has {sum(n['GPU'] for n in have):g}: {lower}, "
+            "or set parallel.device: cpu"
         )
     return (
-        f"{num_workers} workers share {_count(have.get('CPU', 0), 'CPU')} of {where}, and others hold them: wait for "
-        "those, or lower parallel.trainers or parallel.servers"
+        f"{workers} workers share {_count(sum(n['CPU'] for n in have), 'CPU')} of {where}, and others hold them: wait "
+        f"for those, or {lower}"
     )
 
 
@@ -185,7 +265,7 @@ def _count(number: float, noun: str) -> str:
 def spawn(
     worker_class: type,
     *args: Any,
-    placement: Placement,
+    placement: Reserved,
     bundle: int,
     role: str,
     number: int | None = None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from math import gcd
 
 import numpy as np
 import torch
@@ -35,6 +37,26 @@ def plan_inputs_of(settings: RunSettings, calls: Sequence[AttentionCall], length
         shape_of(calls[0], DTYPES[settings.train.precision]),
         max(call.query_heads // call.kv_heads for call in calls),
     )
+
+
+def knowing_nodes(settings: RunSettings, hosts: Sequence[str]) -> RunSettings:
+    """The settings with what the planner is told of nodes, where they price the wire inside a node and say no more;
+    `hosts` are those of the trainers, then of the dedicated servers, each one's workers in a row."""
+    planner, wire, trainers = settings.planner, settings.planner.wire, settings.parallel.trainers
+    if not wire.gb_per_s_in_node:
+        return settings
+    of_trainers, of_servers = Counter(hosts[:trainers]), Counter(hosts[trainers:])
+    *full, last = of_trainers.values()
+    most = max(of_trainers.values())
+    ranks_per_node = most if set(full) <= {most} else gcd(*full, last)  # runs of equal length, the last may be shorter
+    # a neighbourhood is a run of equal length of trainers, and one of dedicated servers
+    is_even = len({(number, of_servers[host]) for host, number in of_trainers.items()}) == 1
+    number = len(of_trainers) if is_even and of_servers.keys() <= of_trainers.keys() else 1
+    found = dict(
+        wire=wire.model_copy(update=dict(ranks_per_node=wire.ranks_per_node or ranks_per_node)),
+        neighbourhoods=planner.neighbourhoods or number,
+    )
+    return settings.model_copy(update=dict(planner=planner.model_copy(update=found)))
 
 
 def overlap_of_run(settings: RunSettings, lengths: np.ndarray) -> str:

@@ -19,6 +19,7 @@ from distca.launch.cluster.store import rendezvous_store
 from distca.launch.cluster.workers import Worker, WorkerProcess, gather, place, refuse_strangers, spawn
 from distca.launch.data.batches import META
 from distca.launch.process.forkserver import RayOptions
+from distca.launch.run.plan_inputs import knowing_nodes
 from distca.launch.run.server import DedicatedServer, Meeting
 from distca.launch.run.trainer import Trainer
 
@@ -60,7 +61,9 @@ def team_of(
             options = dict(num_workers=num_workers, threads=parallel.threads, gpus=gpus)
             cluster = stack.enter_context(start_ray(folder, ray, **options))
             wait_for_hosts(ray.hosts, timeout_s)
-            placement = place(cluster, num_workers, timeout_s=timeout_s, gpus=gpus, threads=parallel.threads)
+            counts = (parallel.trainers, parallel.servers, parallel.placement)
+            placement = place(cluster, *counts, timeout_s=timeout_s, gpus=gpus, threads=parallel.threads)
+            settings = knowing_nodes(settings, placement.hosts)
         with console.status(
             f"starting {parallel.trainers} trainers and {parallel.servers} dedicated attention servers"
         ):

@@ -22,6 +22,7 @@ from rich.markup import escape
 from distca.config import RunSettings, dump_settings
 from distca.errors import SettingsError, TryAgain, UserError
 from distca.launch.cluster.hosts import versions
+from distca.launch.cluster.places import who_is_where
 from distca.launch.cluster.workers import (
     WorkerFailed,
     WorkerLost,
@@ -344,6 +345,9 @@ def _describe(settings: RunSettings, team: Team, documents: tuple[Path, ...], co
         f"ZeRO stage {settings.parallel.zero_stage}, {settings.train.precision}",
         "overlap": told["overlap"],
     }
+    hosts = [process.host for process in team.processes]
+    if len(set(hosts)) > 1:
+        facts["hosts"] = who_is_where(hosts, settings.parallel.trainers)
     for name, text in facts.items():
         console.print(f"[bold]{name:10}[/] {escape(text)}", highlight=False)
     return facts

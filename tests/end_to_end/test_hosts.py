@@ -1,6 +1,7 @@
 """Runs over several hosts with addresses of their own, on a Ray cluster that asks for a token."""
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -20,40 +21,61 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def hosts():
-    """Two for a cluster that stays, two for what a test starts."""
-    with network(4) as made:
+    """Three for a cluster that stays, two for what a test starts."""
+    with network(5) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def environment(hosts, tmp_path_factory):
-    """A driver's, whose cluster is two hosts of two CPUs."""
-    with ray_cluster(hosts[:2], tmp_path_factory.mktemp("cluster"), num_cpus=2) as made:
+    """A driver's, whose cluster is three hosts of one CPU."""
+    with ray_cluster(hosts[:3], tmp_path_factory.mktemp("cluster"), num_cpus=1) as made:
         yield made
 
 
+POOLS = {
+    "trainers on one host, servers on the others": dict(placement="apart"),
+    "mixed over all": dict(placement="spread", trainers=3, servers=3, trainers_serve=True),
+}
+
+
 @pytest.mark.parametrize("transport", ["pairs", "group", "nixl"])
-def test_a_step_over_two_hosts_is_exact(hosts, environment, tmp_path, transport):
-    run = write_run_file(tmp_path, "hosts", train=dict(steps=3, precision="fp64"))
-    done = hosts[0].run([*DISTCA, "verify", str(run), "--parallel.transport", transport], env=environment, cwd=tmp_path)
+def test_a_step_over_three_hosts_is_exact(hosts, environment, tmp_path, transport):
+    """By a mixed pool, of which every host has its share."""
+    pool = dict(transport=transport, **POOLS["mixed over all"])
+    run = write_run_file(tmp_path, "hosts", train=dict(steps=3, tokens_per_step=2049, precision="fp64"), parallel=pool)
+    done = hosts[0].run([*DISTCA, "verify", str(run)], env=environment, cwd=tmp_path)
     assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout
 
 
-def test_losses_over_two_hosts_are_those_of_one_machine(hosts, environment, tmp_path):
-    command = [
-        *DISTCA,
-        "train",
-        str(write_run_file(tmp_path, "hosts", train=dict(steps=20))),
-        "--folder",
-        str(tmp_path / "run"),
-    ]
-    done = hosts[0].run(command, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
-    assert losses_of(tmp_path / "run") == losses_alone(tmp_path, train=dict(steps=20))
+@pytest.mark.parametrize("pool", POOLS)
+def test_losses_over_three_hosts_are_those_of_one_machine(hosts, environment, tmp_path, pool):
+    sections = dict(train=dict(steps=20, tokens_per_step=2049 if "mixed" in pool else 2048), parallel=POOLS[pool])
+    run = write_run_file(tmp_path, "hosts", **sections)
+    command = [*DISTCA, "train", str(run), "--folder", str(tmp_path / "run")]
+    with open(tmp_path / "output", "w") as output:
+        driver = hosts[0].start(command, env=environment, cwd=tmp_path, stdout=output, stderr=output)
+    said = (tmp_path / "output").read_text
+    try:
+        wait_until(lambda: driver.poll() is not None or (tmp_path / "run" / "workers.json").exists(), 200, said)
+        assert driver.poll() is None, said()
+        workers = json.loads((tmp_path / "run" / "workers.json").read_text())
+        assert driver.wait(200) == 0, said()
+    finally:
+        driver.kill()
+        driver.wait()
+    of_role = {role: {w["host"] for w in workers if w["name"].startswith(role)} for role in ("trainer", "server")}
+    addresses = {host.address for host in hosts[:3]}
+    if "mixed" in pool:
+        assert of_role == dict(trainer=addresses, server=addresses)
+    else:
+        assert len(of_role["trainer"]) == 1 and of_role["server"] == addresses - of_role["trainer"]
+    assert re.search(rf"^hosts +{re.escape(hosts[0].address)}: trainer", said(), re.MULTILINE)
+    assert losses_of(tmp_path / "run") == losses_alone(tmp_path, **sections)
 
 
 def test_a_killed_driver_leaves_no_worker_on_any_host(hosts, environment, tmp_path):
-    run = write_run_file(tmp_path, "hosts", train=dict(steps=10_000))
+    run = write_run_file(tmp_path, "hosts", train=dict(steps=10_000), parallel=dict(placement="apart"))
     with open(tmp_path / "output", "w") as output:
         driver = hosts[0].start([*DISTCA, "train", str(run)], env=environment, cwd=tmp_path, stdout=output)
     try:
@@ -61,11 +83,11 @@ def test_a_killed_driver_leaves_no_worker_on_any_host(hosts, environment, tmp_pa
         while not re.search(r"step +3/", said := (tmp_path / "output").read_text()):
             assert driver.poll() is None and time.monotonic() < deadline, said
             time.sleep(0.2)
-        assert all(working(host) for host in hosts[:2])
+        assert all(working(host) for host in hosts[:3])
     finally:
         driver.kill()
         driver.wait()
-    left = lambda: [name for host in hosts[:2] for name in working(host)]  # noqa: E731
+    left = lambda: [name for host in hosts[:3] for name in working(host)]  # noqa: E731
     wait_until(lambda: not left(), 30, left)
 
 
@@ -85,8 +107,8 @@ def refused(hosts, tmp_path, before: str) -> str:
     """What a driver says to a run whose server comes up on another host, which a shell has prepared."""
     run = write_run_file(tmp_path, "hosts", train=dict(steps=3))
     overrides = ["--parallel.trainers", "1", "--parallel.servers", "1"]
-    with ray_head(hosts[2], tmp_path, 1) as environment, ray_node(hosts[3], environment, tmp_path, 1, before):
-        done = hosts[2].run([*DISTCA, "train", str(run), *overrides], env=environment, cwd=tmp_path)
+    with ray_head(hosts[3], tmp_path, 1) as environment, ray_node(hosts[4], environment, tmp_path, 1, before):
+        done = hosts[3].run([*DISTCA, "train", str(run), *overrides], env=environment, cwd=tmp_path)
     assert done.returncode == EXIT_SETTINGS and "step 1" not in done.stdout, done.stdout
     return " ".join(done.stdout.split())
 
@@ -94,7 +116,7 @@ def refused(hosts, tmp_path, before: str) -> str:
 def test_a_host_without_the_runs_folder_is_named(hosts, tmp_path):
     (tmp_path / "runs").mkdir()
     said = refused(hosts, tmp_path, f"mount -t tmpfs none {tmp_path}/runs")
-    assert f"host {hosts[3].address} does not see what the driver writes into {tmp_path}/runs" in said
+    assert f"host {hosts[4].address} does not see what the driver writes into {tmp_path}/runs" in said
 
 
 def test_a_host_with_another_version_is_named(hosts, tmp_path):
@@ -102,7 +124,7 @@ def test_a_host_with_another_version_is_named(hosts, tmp_path):
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
     said = refused(hosts, tmp_path, f"export PYTHONPATH={other.parent}")
-    assert f"host {hosts[3].address} has numpy 0.1, the driver's host has" in said
+    assert f"host {hosts[4].address} has numpy 0.1, the driver's host has" in said
 
 
 # ---- a batch job ----
@@ -133,7 +155,7 @@ def test_the_batch_script_trains_saves_when_told_is_requeued_and_goes_on(hosts, 
     (tmp_path / "job.sh").write_text(script.stdout)
     stand_ins = tmp_path / "bin"
     stand_ins.mkdir()
-    names = " ".join(host.name for host in hosts[2:])
+    names = " ".join(host.name for host in hosts[3:])
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (stand_ins / name).write_text(text.format(python=sys.executable, hosts=names, folder=tmp_path))
         (stand_ins / name).chmod(0o755)
@@ -145,7 +167,7 @@ def test_the_batch_script_trains_saves_when_told_is_requeued_and_goes_on(hosts, 
     }
 
     def start(output):
-        return hosts[2].start(["bash", tmp_path / "job.sh"], env=environment, stdout=output, stderr=output)
+        return hosts[3].start(["bash", tmp_path / "job.sh"], env=environment, stdout=output, stderr=output)
 
     def said():
         return (tmp_path / "output").read_text()
@@ -159,7 +181,7 @@ def test_the_batch_script_trains_saves_when_told_is_requeued_and_goes_on(hosts, 
         first.terminate()  # as Slurm does ahead of the limit
         assert first.wait(120) == EXIT_TRY_AGAIN, said()
         assert (tmp_path / "scontrol.txt").read_text() == f"requeue {job}\n"
-        assert not list(tmp_path.glob(".ray-token*")) and not any(host.pids() for host in hosts[2:])
+        assert not list(tmp_path.glob(".ray-token*")) and not any(host.pids() for host in hosts[3:])
         second = start(output)
         assert second.wait(240) == 0, said()
     assert "resuming" in said() and (tmp_path / "scontrol.txt").read_text() == f"requeue {job}\n"

@@ -17,7 +17,6 @@ from distca.launch.cluster.hosts import (
     unreachable,
     versions,
 )
-from distca.launch.cluster.workers import cpu_share
 
 
 def test_a_host_like_the_drivers_is_taken_and_nothing_stays_in_the_folder(tmp_path):
@@ -87,22 +86,3 @@ def test_an_address_that_means_whoever_asks_is_refused_among_several():
     refuse_loopback(["10.0.0.1", "10.0.0.2"])
     with pytest.raises(SettingsError, match="127.0.1.1, at which no other reaches it: .*--node-ip-address"):
         refuse_loopback(["10.0.0.1", "127.0.1.1"])
-
-
-@pytest.mark.parametrize(
-    ("cpus", "workers", "share"),
-    [
-        ([4], 4, 1.0),
-        ([1], 2, 0.5),
-        ([1, 1, 1], 4, 0.5),
-        ([1, 1, 1], 3, 1.0),
-        ([8, 2], 4, 2.0),
-        ([16, 0, 1], 2, 8.0),
-        ([0.5], 100, 0.01),
-        ([], 3, 0.01),
-    ],
-)
-def test_a_worker_gets_the_most_that_fits_beside_the_others_on_their_hosts(cpus, workers, share):
-    assert cpu_share(cpus, workers) == share
-    fit = sum(int(host * 100) // int(share * 100) for host in cpus)
-    assert fit >= workers or share == 0.01
