@@ -144,11 +144,12 @@ def refuse_unreachable(missed: Mapping[str, Mapping[str, str]]) -> None:
             )
 
 
-def refuse_loopback(hosts: Sequence[str]) -> None:
-    """Raise SettingsError where one of several hosts goes by an address that stands for whoever asks."""
-    for host in hosts:
-        if len(hosts) > 1 and ipaddress.ip_address(host).is_loopback:
+def refuse_loopback(names: Mapping[str, str]) -> None:
+    """Raise SettingsError where one of several hosts goes by an address that stands for whoever asks; `names` of hosts
+    by their addresses."""
+    for host, name in names.items():
+        if len(names) > 1 and ipaddress.ip_address(host).is_loopback:
             raise SettingsError(
-                f"a host of the cluster goes by the name {host}, at which no other reaches it: start its Ray with "
-                "--node-ip-address and the address that the others use"
+                f"host {name} of the cluster goes by the address {host}, at which no other reaches it: start its Ray "
+                "with --node-ip-address and the address that the others use"
             )

@@ -49,6 +49,7 @@ from ray.exceptions import (
 from distca.errors import SettingsError, TryAgain, UserError
 from distca.launch.cluster.hosts import (
     LOOPBACK,
+    refuse_loopback,
 )
 from distca.launch.process.forkserver import ALLOCATOR, OWN_RAY, ForkServer, RayOptions
 from distca.launch.process.keeper import keeping
@@ -378,9 +379,11 @@ def _private_folder() -> Iterator[Path]:
 
 
 def wait_for_hosts(num_hosts: int, timeout_s: float) -> None:
-    """Wait until Ray has so many hosts: those of a job come up one after the other. Raises `TryAgain`."""
+    """Wait until Ray has so many hosts: those of a job come up one after the other. Raises `TryAgain`; `SettingsError`
+    where no other would reach one of them."""
     start = said = time.monotonic()
-    while len(there := [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]) < num_hosts:
+    while len(there := _hosts()) < num_hosts:
+        refuse_loopback(there)
         now = time.monotonic()
         sentence = f"{len(there)} of {num_hosts} hosts are there: {', '.join(there)}"
         if now - start >= timeout_s:
@@ -389,6 +392,12 @@ def wait_for_hosts(num_hosts: int, timeout_s: float) -> None:
             logger.info("%s", sentence)
             said = now
         time.sleep(0.2)
+    refuse_loopback(there)
+
+
+def _hosts() -> dict[str, str]:
+    """Names of the hosts that Ray has, by their addresses."""
+    return {node["NodeManagerAddress"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
 
 
 def uncoloured(error: BaseException) -> str:

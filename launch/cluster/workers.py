@@ -42,7 +42,6 @@ from distca.errors import SettingsError, TryAgain, UserError
 from distca.launch.cluster.hosts import (
     Common,
     listener,
-    refuse_loopback,
     refuse_other_host,
     refuse_unreachable,
     unreachable,
@@ -340,7 +339,6 @@ def refuse_strangers(workers: Sequence[Worker], processes: Sequence[WorkerProces
     one_of = {process.host: worker for worker, process in zip(workers, processes, strict=True)}
     if len(one_of) == 1:
         return
-    refuse_loopback(list(one_of))
 
     def ask(method: str, *arguments: Any) -> dict[str, Any]:
         calls = [Call(worker, getattr(worker.actor, method).remote(*arguments)) for worker in one_of.values()]

@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -21,15 +23,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def hosts():
-    """Three for a cluster that stays, two for what a test starts."""
-    with network(5) as made:
+    """Three for a cluster that stays, three for what a test starts."""
+    with network(6) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def environment(hosts, tmp_path_factory):
-    """A driver's, whose cluster is three hosts of one CPU."""
-    with ray_cluster(hosts[:3], tmp_path_factory.mktemp("cluster"), num_cpus=1) as made:
+    """A driver's, whose cluster is three hosts of one CPU. Their names mean loopback, as on Debian."""
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {socket.gethostname()}\n")
+    before = f"mount --bind {folder}/hosts /etc/hosts"
+    with ray_cluster(hosts[:3], folder, num_cpus=1, before=before) as made:
         yield made
 
 
@@ -103,20 +108,40 @@ def working(host: Host) -> list[str]:
 # ---- hosts that do not fit ----
 
 
-def refused(hosts, tmp_path, before: str) -> str:
-    """What a driver says to a run whose server comes up on another host, which a shell has prepared."""
-    run = write_run_file(tmp_path, "hosts", train=dict(steps=3))
-    overrides = ["--parallel.trainers", "1", "--parallel.servers", "1"]
-    with ray_head(hosts[3], tmp_path, 1) as environment, ray_node(hosts[4], environment, tmp_path, 1, before):
-        done = hosts[3].run([*DISTCA, "train", str(run), *overrides], env=environment, cwd=tmp_path)
+def refused(hosts, tmp_path, before: str, address: str | None = None) -> str:
+    """What a driver says to a run whose servers come up on two other hosts, of which a shell has prepared the second;
+    `address` is what its Ray goes by, if not its own."""
+    pool = dict(trainers=1, servers=2, placement="apart")
+    run = write_run_file(tmp_path, "hosts", train=dict(steps=3), parallel=pool)
+    last = replace(hosts[5], address=address or hosts[5].address)
+    with (
+        ray_head(hosts[3], tmp_path, 1) as environment,
+        ray_node(hosts[4], environment, tmp_path, 1),
+        ray_node(last, environment, tmp_path, 1, before),
+    ):
+        done = hosts[3].run([*DISTCA, "train", str(run)], env=environment, cwd=tmp_path)
     assert done.returncode == EXIT_SETTINGS and "step 1" not in done.stdout, done.stdout
     return " ".join(done.stdout.split())
+
+
+def test_a_host_that_another_does_not_reach_is_named(hosts, tmp_path):
+    """Ray itself needs no way from one of its workers to another."""
+    rules = ["add pref 10 lookup local", "del pref 0"]  # the kernel's first rule lets in whatever is addressed to it
+    rules += [f"add pref 5 from {hosts[4].address} ipproto tcp dport 10000-65000 prohibit"]
+    said = refused(hosts, tmp_path, " && ".join(f"ip rule {rule}" for rule in rules))
+    assert f"host {hosts[4].address} does not reach host {hosts[5].address}" in said
+
+
+def test_a_host_that_goes_by_loopback_is_named(hosts, tmp_path):
+    """As where its name does, in Debian's /etc/hosts, and Ray asks for no more than that."""
+    said = refused(hosts, tmp_path, "", "127.0.1.1")
+    assert f"host {socket.gethostname()} of the cluster goes by the address 127.0.1.1" in said
 
 
 def test_a_host_without_the_runs_folder_is_named(hosts, tmp_path):
     (tmp_path / "runs").mkdir()
     said = refused(hosts, tmp_path, f"mount -t tmpfs none {tmp_path}/runs")
-    assert f"host {hosts[4].address} does not see what the driver writes into {tmp_path}/runs" in said
+    assert f"host {hosts[5].address} does not see what the driver writes into {tmp_path}/runs" in said
 
 
 def test_a_host_with_another_version_is_named(hosts, tmp_path):
@@ -124,7 +149,7 @@ def test_a_host_with_another_version_is_named(hosts, tmp_path):
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
     said = refused(hosts, tmp_path, f"export PYTHONPATH={other.parent}")
-    assert f"host {hosts[4].address} has numpy 0.1, the driver's host has" in said
+    assert f"host {hosts[5].address} has numpy 0.1, the driver's host has" in said
 
 
 # ---- a batch job ----
@@ -155,7 +180,7 @@ def test_the_batch_script_trains_saves_when_told_is_requeued_and_goes_on(hosts, 
     (tmp_path / "job.sh").write_text(script.stdout)
     stand_ins = tmp_path / "bin"
     stand_ins.mkdir()
-    names = " ".join(host.name for host in hosts[3:])
+    names = " ".join(host.name for host in hosts[3:5])
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (stand_ins / name).write_text(text.format(python=sys.executable, hosts=names, folder=tmp_path))
         (stand_ins / name).chmod(0o755)
@@ -181,7 +206,7 @@ def test_the_batch_script_trains_saves_when_told_is_requeued_and_goes_on(hosts, 
         first.terminate()  # as Slurm does ahead of the limit
         assert first.wait(120) == EXIT_TRY_AGAIN, said()
         assert (tmp_path / "scontrol.txt").read_text() == f"requeue {job}\n"
-        assert not list(tmp_path.glob(".ray-token*")) and not any(host.pids() for host in hosts[3:])
+        assert not list(tmp_path.glob(".ray-token*")) and not any(host.pids() for host in hosts[3:5])
         second = start(output)
         assert second.wait(240) == 0, said()
     assert "resuming" in said() and (tmp_path / "scontrol.txt").read_text() == f"requeue {job}\n"

@@ -82,7 +82,7 @@ def test_a_host_that_never_answers_is_given_up():
 
 
 def test_an_address_that_means_whoever_asks_is_refused_among_several():
-    refuse_loopback(["127.0.0.1"])
-    refuse_loopback(["10.0.0.1", "10.0.0.2"])
-    with pytest.raises(SettingsError, match="127.0.1.1, at which no other reaches it: .*--node-ip-address"):
-        refuse_loopback(["10.0.0.1", "127.0.1.1"])
+    refuse_loopback({"127.0.0.1": "laptop"})
+    refuse_loopback({"10.0.0.1": "a", "10.0.0.2": "b"})
+    with pytest.raises(SettingsError, match="host b .* 127.0.1.1, at which no other reaches it: .*--node-ip-address"):
+        refuse_loopback({"10.0.0.1": "a", "127.0.1.1": "b"})

@@ -130,12 +130,12 @@ def own_sessions(environment: Mapping[str, str]) -> str:
 
 @contextlib.contextmanager
 def ray_cluster(
-    hosts: Sequence[Host], folder: Path, num_cpus: int, job_server: bool = False
+    hosts: Sequence[Host], folder: Path, num_cpus: int, job_server: bool = False, before: str = ":"
 ) -> Iterator[dict[str, str]]:
-    """A Ray node on every host, the head on the first: the environment of a driver."""
+    """A Ray node on every host, the head on the first: the environment of a driver. `before`: see `ray_node`."""
     with contextlib.ExitStack() as stack:
-        environment = stack.enter_context(ray_head(hosts[0], folder, num_cpus, job_server))
-        before = own_sessions(environment) if job_server else ""
+        environment = stack.enter_context(ray_head(hosts[0], folder, num_cpus, job_server, before))
+        before += f" && {own_sessions(environment)}" if job_server else ""
         for host in hosts[1:]:
             stack.enter_context(ray_node(host, environment, folder, num_cpus, before))
         yield environment
