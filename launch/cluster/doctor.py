@@ -1,11 +1,13 @@
 """Is this machine, and what a run file asks of it, fit for a run?
 
 Every check looks at one thing, says in one line what it found, and what to do where that is not right. Nothing is
-started and nothing is kept. The checks decide from numbers that they are given, so each can be asked what if.
+kept, and nothing is started but a process on each host of a cluster (RAY_ADDRESS), which looks around there. The checks
+decide from numbers that they are given, so each can be asked what if.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -13,7 +15,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from ipaddress import ip_address
 from pathlib import Path
@@ -23,8 +25,11 @@ from packaging.requirements import Requirement
 
 from distca.config import RunSettings
 from distca.errors import UserError
-from distca.launch.cluster.hosts import LOOPBACK, own_addresses, own_code
-from distca.launch.cluster.session import OBJECT_STORE_BYTES, cluster_at
+from distca.launch.cluster.hosts import LOOPBACK, common, own_addresses, own_code, refuse_loopback
+from distca.launch.cluster.session import OBJECT_STORE_BYTES, cluster_at, start_ray
+from distca.launch.cluster.workers import gather, nodes_of_cluster, refuse_strangers, scout
+from distca.launch.folder.make import refuse_folder
+from distca.launch.process.forkserver import RayOptions
 from distca.launch.process.limits import enough_allowed
 from distca.launch.process.unforeseen import room
 from distca.metrics import bytes_text
@@ -34,6 +39,8 @@ SHARED_MEMORY = OBJECT_STORE_BYTES + (64 << 20)
 LOW_DISK, LITTLE_DISK = 1 << 30, 10 << 30
 CLOCK_S = 120.0  # two clocks that differ by less are taken for one
 CPU_BUILD = "+cpu"
+HOST_S = 60.0  # for each answer of a host of a cluster
+HOST_CLOCK_S = 2.0
 Level = Literal["ok", "warning", "failed"]
 
 
@@ -64,10 +71,12 @@ def _findings(settings: RunSettings | None) -> Iterator[Finding]:
     shm = Path("/dev/shm")
     yield shared_memory(shutil.disk_usage(shm).total if shm.is_dir() else 0)
     yield clock(time.time(), _newest_file(), _file_clock(Path(tempfile.gettempdir())))
-    yield _cluster()
+    yield (ray := _ray())
     if settings:
         yield from places(settings)
         yield processors(settings, len(os.sched_getaffinity(0)))
+    if ray.level == "ok" and _is_cluster():
+        yield from _hosts(settings)
 
 
 def libraries(installed: Mapping[str, str | None], python: str) -> Iterator[Finding]:
@@ -124,9 +133,10 @@ def places(settings: RunSettings) -> Iterator[Finding]:
     """Folders of a run file."""
     folders = {"monitor.folder": settings.monitor.folder, "data.cache": expanded(settings.data.cache)}
     for name, folder in folders.items():
-        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            yield Finding("failed", name, f"{folder}: {there} cannot be written to", f"set {name} to another folder")
+        try:
+            refuse_folder(folder.absolute(), name)
+        except UserError as error:
+            yield Finding("failed", name, str(error).removeprefix(f"{name}: "), f"set {name} to another folder")
             continue
         free = room(folder).bytes
         level = "failed" if free < LOW_DISK else "warning" if free < LITTLE_DISK else "ok"
@@ -143,7 +153,7 @@ def processors(settings: RunSettings, cpus: int) -> Finding:
     parallel = settings.parallel
     workers = parallel.trainers + parallel.servers
     found = f"{workers} workers x {parallel.threads} threads on {cpus} CPUs"
-    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local") or workers * parallel.threads <= cpus:
+    if _is_cluster() or workers * parallel.threads <= cpus:
         return Finding("ok", "workers", found)
     return Finding("warning", "workers", found, "they take turns: fewer workers or threads may be as fast")
 
@@ -162,7 +172,7 @@ def _gpus(settings: RunSettings | None) -> Iterator[Finding]:
     else:
         yield Finding("failed" if wanted else "ok", "GPUs", "none", "parallel.device: cpu" if wanted else "")
     workers = settings.parallel.trainers + settings.parallel.servers if settings else 0
-    if count and wanted and count < workers and os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
+    if count and wanted and count < workers and not _is_cluster():
         yield Finding("failed", "GPUs", f"{workers} workers want one each", "fewer workers, or a cluster (RAY_ADDRESS)")
 
 
@@ -176,9 +186,13 @@ def _allowed(settings: RunSettings | None) -> Iterator[Finding]:
         yield Finding("failed", "limits", found, advice)
 
 
-def _cluster() -> Finding:
+def _is_cluster() -> bool:
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+def _ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS", "local")
-    if address in ("", "local"):
+    if not _is_cluster():
         return Finding("ok", "Ray", "RAY_ADDRESS is not set: a run starts a Ray of its own, on loopback, with a token")
     try:
         gcs = cluster_at(address)
@@ -186,6 +200,61 @@ def _cluster() -> Finding:
         found, _, advice = str(error).partition(": ")
         return Finding("failed", "Ray", found, advice)
     return Finding("ok", "Ray", f"the cluster at {gcs} takes our token")
+
+
+class Scout:
+    """Looks around on one host of a cluster."""
+
+    def look(self, settings: RunSettings | None) -> tuple[list[Finding], float]:
+        """What is not as it should be, and the time."""
+        shm = Path("/dev/shm")
+        found = [shared_memory(shutil.disk_usage(shm).total if shm.is_dir() else 0), *_allowed(settings)]
+        found += places(settings) if settings else ()
+        return [finding for finding in found if finding.level != "ok"], time.time()
+
+
+def _hosts(settings: RunSettings | None) -> Iterator[Finding]:
+    """Every host of the cluster, asked by a process there that takes no place from workers."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(start_ray(folder, RayOptions(insecure=True), num_workers=1))
+        nodes = nodes_of_cluster()
+        try:
+            refuse_loopback({node.host: node.name for node in nodes})
+        except UserError as error:
+            found, _, advice = str(error).partition(": ")
+            yield Finding("failed", "hosts", found, advice)
+            return
+        shared = [settings.monitor.folder] if settings and settings.monitor.folder.is_dir() else []
+        model = settings and settings.model.path
+        wanted = stack.enter_context(common(shared, [Path(model)] if model and Path(model).exists() else []))
+        asked = [scout(Scout, cluster=cluster, node=node, number=n, common=wanted) for n, node in enumerate(nodes)]
+        there, clocks = {}, []
+        for node, one in zip(nodes, asked, strict=True):
+            try:
+                [process] = gather([one.made], HOST_S, "coming up")
+                before = time.time()
+                [(findings, now)] = gather([one.call("look", settings)], HOST_S, "looking around")
+            except UserError as error:
+                found, _, advice = str(error).partition(": ")
+                yield Finding("failed", "host", found if node.host in found else f"{node.host}: {found}", advice)
+                continue
+            there[one] = process
+            clocks.append(now - (before + time.time()) / 2)
+            for finding in findings:
+                yield replace(finding, found=f"on host {node.host}, {finding.found}")
+            if abs(clocks[-1]) > HOST_CLOCK_S:
+                found = f"host {node.host} is {clocks[-1]:+.1f} s away from this one"
+                yield Finding("warning", "clock", found, "let all hosts have one time (NTP): logs and traces go by it")
+        try:
+            refuse_strangers(list(there), list(there.values()), HOST_S)
+        except UserError as error:
+            found, _, advice = str(error).partition(": ")
+            yield Finding("failed", "hosts", found, advice)
+            return
+        if len(there) == len(nodes):
+            names = ", ".join(node.host for node in nodes)
+            facts = "one code and one set of libraries; all reach each other; clocks within"
+            yield Finding("ok", "hosts", f"{names}: {facts} {max(map(abs, clocks)):.1f} s")
 
 
 def _installed() -> dict[str, str | None]:

@@ -35,7 +35,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 from ray.util.placement_group import PlacementGroup, placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from distca.config import Placement
 from distca.errors import SettingsError, TryAgain, UserError
@@ -75,6 +75,16 @@ class WorkerSilent(WorkerFailed):
 
 
 @dataclass(frozen=True, slots=True)
+class Node:
+    """One of Ray's, with its CPUs and GPUs."""
+
+    name: str
+    host: str  # its address
+    has: Mapping[str, float]
+    free: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Reserved:
     """Resources set aside for all workers, one bundle for each."""
 
@@ -82,7 +92,12 @@ class Reserved:
     group: PlacementGroup
     num_cpus: float  # of each bundle
     num_gpus: int  # of each bundle
-    hosts: tuple[str, ...]  # address of each bundle's
+    nodes: tuple[Node, ...]  # of each bundle
+
+    @property
+    def hosts(self) -> list[str]:
+        """Address of each bundle's."""
+        return [node.host for node in self.nodes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +163,7 @@ def place(
     start = said = time.monotonic()
     wanted = (trainers, servers, "beside" if cluster.own else placement)
     while True:
-        nodes = _nodes()
+        nodes = nodes_of_cluster()
         decided = _decided([node.has for node in nodes], wanted, gpus, threads)
         if cluster.own and decided is None:
             raise SettingsError(_missing(wanted, gpus, nodes, "this machine"))
@@ -160,7 +175,7 @@ def place(
             group = placement_group([bundle] * len(at), bundle_label_selector=[{NODE: node.name} for node in at])
             try:
                 if group.wait(timeout_seconds=max(0.1, min(TAKEN_S, left_s))):
-                    return Reserved(cluster, group, num_cpus, int(gpus), tuple(node.host for node in at))
+                    return Reserved(cluster, group, num_cpus, int(gpus), tuple(at))
             except BaseException:
                 ray.util.remove_placement_group(group)
                 raise
@@ -180,17 +195,7 @@ def place(
         time.sleep(ASK_AGAIN_S)
 
 
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """One of Ray's, with its CPUs and GPUs."""
-
-    name: str
-    host: str
-    has: Mapping[str, float]
-    free: Mapping[str, float]
-
-
-def _nodes() -> list[_Node]:
+def nodes_of_cluster() -> list[Node]:
     """Those that are there, the driver's own first."""
     free = available_resources_per_node()
     own = ray.get_runtime_context().get_node_id()
@@ -200,7 +205,7 @@ def _nodes() -> list[_Node]:
             name, has = node["NodeID"], node["Resources"]
             held = free.get(name, {})
             counts = [{kind: float(of.get(kind, 0)) for kind in ("CPU", "GPU")} for of in (has, held)]
-            found.append(_Node(name, node["NodeManagerAddress"], *counts))
+            found.append(Node(name, node["NodeManagerAddress"], *counts))
     return sorted(found, key=lambda node: (node.name != own, ipaddress.ip_address(node.host)))
 
 
@@ -220,7 +225,7 @@ def _decided(
 
 
 def _free_places(
-    nodes: Sequence[_Node], num_cpus: float, wanted: tuple[int, int, Placement], gpus: bool
+    nodes: Sequence[Node], num_cpus: float, wanted: tuple[int, int, Placement], gpus: bool
 ) -> list[int] | None:
     rooms = [int(round(100 * node.free["CPU"]) // round(100 * num_cpus)) for node in nodes]
     if gpus:
@@ -228,7 +233,7 @@ def _free_places(
     return places_of(rooms, *wanted)
 
 
-def _missing(wanted: tuple[int, int, Placement], gpus: bool, nodes: Sequence[_Node], where: str) -> str:
+def _missing(wanted: tuple[int, int, Placement], gpus: bool, nodes: Sequence[Node], where: str) -> str:
     """Why workers have no place, and what would help."""
     trainers, servers, placement = wanted
     workers, lower = trainers + servers, "lower parallel.trainers or parallel.servers"
@@ -280,18 +285,38 @@ def spawn(
     use a process that it keeps ready. `max_concurrency` calls run at the same time, each in a thread.
     """
     number = bundle if number is None else number
-    log = placement.cluster.logs / f"{role}-{number}.txt"
-    strategy = PlacementGroupSchedulingStrategy(placement.group, placement_group_bundle_index=bundle)
     options = dict(
         num_cpus=placement.num_cpus,
         num_gpus=placement.num_gpus,
-        scheduling_strategy=strategy,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement.group, placement_group_bundle_index=bundle),
         max_concurrency=max_concurrency,
-        max_restarts=0,  # a worker that lost its state is not replaced behind our back
-        name=None,
     )
     if env:
         options["runtime_env"] = {"env_vars": dict(env)}
+    return _start(placement.cluster, role, number, options, common, worker_class, args, kwargs)
+
+
+def scout(
+    worker_class: type, *args: Any, cluster: Cluster, node: Node, number: int, common: Common | None = None
+) -> Worker:
+    """Start a process on a node that takes no place from workers: as `spawn`, to see what is there."""
+    strategy = NodeAffinitySchedulingStrategy(node.name, soft=False)
+    options = dict(num_cpus=0, num_gpus=0, scheduling_strategy=strategy)
+    return _start(cluster, "scout", number, options, common, worker_class, args, {})
+
+
+def _start(
+    cluster: Cluster,
+    role: str,
+    number: int,
+    options: dict[str, Any],
+    common: Common | None,
+    worker_class: type,
+    args: tuple,
+    kwargs: dict,
+) -> Worker:
+    log = cluster.logs / f"{role}-{number}.txt"
+    options |= dict(max_restarts=0, name=None)  # a worker that lost its state is not replaced behind our back
     actor = ray.remote(_Host).options(**options).remote(str(log), common, worker_class, args, kwargs)
     return Worker(role, number, log, actor, log.stat().st_size if log.exists() else 0, _kernel_ooms())
 

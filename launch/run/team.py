@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ from distca.launch.cluster.hosts import common
 from distca.launch.cluster.session import start_ray, wait_for_hosts
 from distca.launch.cluster.store import rendezvous_store
 from distca.launch.cluster.workers import Worker, WorkerProcess, gather, place, refuse_strangers, spawn
-from distca.launch.data.batches import META
 from distca.launch.process.forkserver import RayOptions
+from distca.launch.run.elsewhere import documents_of_hosts
 from distca.launch.run.plan_inputs import knowing_nodes
 from distca.launch.run.server import DedicatedServer, Meeting
 from distca.launch.run.trainer import Trainer
@@ -34,6 +34,15 @@ class Team:
     servers: list[Worker]
     processes: list[WorkerProcess]
     """Of the trainers, then of the servers."""
+
+    @property
+    def names(self) -> dict[Worker, str]:
+        """For people: with its host where there are several."""
+        hosts = [process.host for process in self.processes]
+        workers = self.trainers + self.servers
+        if len(set(hosts)) == 1:
+            return {worker: str(worker) for worker in workers}
+        return {worker: f"{worker} at {host}" for worker, host in zip(workers, hosts, strict=True)}
 
 
 @contextmanager
@@ -69,28 +78,26 @@ def team_of(
         ):
             store, port = rendezvous_store(cluster.host, timeout_s)
             stack.callback(lambda: store)  # the workers' meeting point lives as long as they do
-            looked_for = None if cluster.own else stack.enter_context(common([folder], _read(settings, documents)))
+            files = [Path(model)] if (model := settings.model.path) and Path(model).exists() else []  # not on the hub
+            of_trainers = None if cluster.own else stack.enter_context(common([folder], files))
+            of_servers = of_trainers and replace(of_trainers, files=())
+            here = documents_of_hosts(cluster, placement, settings, folder, documents, of_trainers)
             arguments = (settings, Meeting(cluster.host, port), "cuda" if gpus else "cpu")
-            where = dict(placement=placement, common=looked_for)
+            where = dict(placement=placement, role="trainer", common=of_trainers)
             trainers = [
-                spawn(trainer, rank, *arguments, documents, bundle=rank, role="trainer", **where)
+                spawn(trainer, rank, *arguments, here[placement.hosts[rank]], bundle=rank, **where)
                 for rank in range(parallel.trainers)
             ]
+            where |= dict(role="server", common=of_servers)
             first = parallel.trainers if parallel.trainers_serve else 0
             servers = [
-                spawn(server, first + n, *arguments, bundle=parallel.trainers + n, role="server", number=n, **where)
+                spawn(server, first + n, *arguments, bundle=parallel.trainers + n, number=n, **where)
                 for n in range(parallel.servers)
             ]
             processes = gather([w.made for w in trainers + servers], timeout_s, "starting")
             refuse_strangers(trainers + servers, processes, timeout_s)
             ask(trainers + servers, "connect", what="meeting the others", timeout_s=timeout_s)
         yield Team(trainers, servers, processes)
-
-
-def _read(settings: RunSettings, documents: tuple[Path, ...]) -> list[Path]:
-    """Files and folders that workers read; a model of a hub is not among them."""
-    files, model = [folder / META for folder in documents], settings.model.path
-    return [*files, Path(model)] if model and Path(model).exists() else files
 
 
 def ask(workers: list[Worker], method: str, *arguments, what: str, timeout_s: float | None = None) -> list:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from commands import DISTCA, losses_alone, losses_of, wait_until, write_run_file
 from hosts import Host, network, ray_cluster, ray_head, ray_node, without_ray
 
-from distca.errors import EXIT_SETTINGS, EXIT_TRY_AGAIN
+from distca.errors import EXIT_DATA, EXIT_OTHER, EXIT_SETTINGS, EXIT_TRY_AGAIN
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
 
@@ -150,6 +151,58 @@ def test_a_host_with_another_version_is_named(hosts, tmp_path):
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
     said = refused(hosts, tmp_path, f"export PYTHONPATH={other.parent}")
     assert f"host {hosts[5].address} has numpy 0.1, the driver's host has" in said
+
+
+# ---- distca doctor ----
+
+
+def test_the_doctor_asks_every_host_and_names_the_one_that_is_not_well(hosts, environment, tmp_path):
+    (tmp_path / "runs").mkdir()
+    run = write_run_file(tmp_path, "hosts", train=dict(steps=3))
+    done = hosts[0].run([*DISTCA, "doctor", str(run)], env=environment, cwd=tmp_path)
+    said = ", ".join(host.address for host in hosts[:3])
+    assert done.returncode == 0 and f"{said}: one code and one set of libraries; all reach each other" in done.stdout
+    small = "mount -t tmpfs -o size=64m none /dev/shm"
+    with ray_head(hosts[3], tmp_path, 1) as other, ray_node(hosts[4], other, tmp_path, 1, small):
+        done = hosts[3].run([*DISTCA, "doctor"], env=other, cwd=tmp_path)
+    assert done.returncode == EXIT_OTHER and "set of libraries" in done.stdout, done.stdout
+    assert f"failed  shared memory  on host {hosts[4].address}, /dev/shm has 67.1 MB" in done.stdout
+    assert f"on host {hosts[3].address}" not in done.stdout
+
+
+# ---- documents that each host has for itself ----
+
+
+def trained_apart(hosts, tmp_path, before: str, name: str) -> subprocess.CompletedProcess:
+    """Two trainers on two hosts, of which a shell has prepared the second. Their text lies in a folder `texts`."""
+    texts = tmp_path / "texts"
+    texts.mkdir(exist_ok=True)
+    (texts / "a.txt").write_text("".join(f"line {n} of {n * n % 97}\n" for n in range(3000)))
+    data = dict(sources=[dict(path=str(texts / "a.txt"), format="text")], cache=str(tmp_path / "cache"))
+    run = write_run_file(tmp_path, name, data=data, train=dict(steps=3), parallel=dict(servers=0, trainers_serve=True))
+    with ray_head(hosts[3], tmp_path, 1) as environment, ray_node(hosts[4], environment, tmp_path, 1, before):
+        command = [*DISTCA, "train", str(run), "--parallel.placement", "spread", "--folder", str(tmp_path / name)]
+        return hosts[3].run(command, env=environment, cwd=tmp_path)
+
+
+def test_a_host_with_a_cache_of_its_own_prepares_for_itself_or_is_named(hosts, tmp_path):
+    for name in ("own", "cache", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "texts").mkdir()
+    own_cache = f"mount --bind {tmp_path}/own {tmp_path}/cache"
+    done = trained_apart(hosts, tmp_path, own_cache, "first")
+    assert done.returncode == 0, done.stdout
+    made = {folder.name for folder in (tmp_path / "own").iterdir() if (folder / "meta.json").exists()}
+    assert made == {folder.name for folder in (tmp_path / "cache").iterdir() if (folder / "meta.json").exists()}
+    shutil.rmtree(tmp_path / "own")
+    (tmp_path / "own").mkdir()
+    no_texts = f"{own_cache} && mount --bind {tmp_path}/elsewhere {tmp_path}/texts"
+    done = trained_apart(hosts, tmp_path, no_texts, "second")
+    assert done.returncode == EXIT_DATA and f"host {hosts[4].address} has not the documents" in done.stdout, done.stdout
+    (tmp_path / "elsewhere" / "a.txt").write_text("something else\n" * 3000)
+    done = trained_apart(hosts, tmp_path, no_texts, "third")
+    said = f"host {hosts[4].address} has prepared other documents than the driver"
+    assert done.returncode == EXIT_DATA and said in done.stdout and "step 1" not in done.stdout, done.stdout
 
 
 # ---- a batch job ----

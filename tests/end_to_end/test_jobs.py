@@ -12,6 +12,7 @@ import pytest
 import yaml
 from commands import DISTCA, losses_alone, losses_of, wait_until, write_run_file
 from hosts import RAY, network, own_sessions, ray_cluster, ray_head, ray_node
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distca.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_SETTINGS, EXIT_TRY_AGAIN
 
@@ -33,6 +34,11 @@ class Client:
     def run(self, verb, *arguments, **environment) -> subprocess.CompletedProcess:
         wanted = {name: value for name, value in (self.environment | environment).items() if value is not None}
         return self.host.run(self.command(verb, *arguments), env=wanted)
+
+
+def curves(folder: Path) -> EventAccumulator:
+    """What TensorBoard shows of a run now."""
+    return EventAccumulator(str(folder / "tensorboard"), size_guidance=dict(scalars=0, tensors=0)).Reload()
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +74,7 @@ def test_a_job_goes_on_without_its_follower_is_stopped_with_a_checkpoint_and_res
     wait_until(lambda: re.search(r"step +2/", said()), 120, said)
     busy = client.run("submit", run)
     assert busy.returncode == EXIT_SETTINGS and "is training in" in busy.stdout
+    assert 1 <= max(loss.step for loss in curves(tmp_path / "runs" / "resumed").Scalars("train/loss")) < STEPS
     follower.send_signal(signal.SIGINT)
     assert follower.wait(30) == EXIT_INTERRUPTED, said()
     name = re.search(r"no longer following (\S+), which goes on", said())[1]
@@ -85,6 +92,10 @@ def test_a_job_goes_on_without_its_follower_is_stopped_with_a_checkpoint_and_res
     assert done.returncode == EXIT_OK and "resuming" in done.stdout, done.stdout
     alone = losses_alone(tmp_path, train=dict(steps=STEPS, tokens_per_step=16384))
     assert losses_of(tmp_path / "runs" / "resumed") == alone
+    seen = curves(tmp_path / "runs" / "resumed")
+    assert [loss.step for loss in seen.Scalars("train/loss")] == list(range(1, STEPS + 1))
+    facts = b"".join(seen.Tensors("run/versions/text_summary")[-1].tensor_proto.string_val).decode()
+    assert re.search(r"hosts.*10\.\d+\.\d+\.\d+: trainers 0-1; 10\.\d+\.\d+\.\d+: servers 0-1", facts), facts
 
 
 def test_who_has_no_token_or_another_one_is_told_so(client, tmp_path):
