@@ -31,6 +31,7 @@ from distca.launch.folder.runs import (
 )
 from distca.launch.process.forkserver import OWN_RAY, RayOptions
 from distca.launch.run.check import check, prepare_documents
+from distca.launch.run.plan_inputs import knowing_nodes
 from distca.launch.run.team import Team, ask, refuse_bad_start, team_of, use_gpus
 from distca.parallel.baselines import BASELINES
 from distca.parallel.models import layers_of
@@ -299,9 +300,10 @@ def compare(
             raise SettingsError("; ".join(f"{method.title} cannot race: {method.refusal}" for method in methods))
         with team_of(settings, folder, documents, console, ray, Racer, RacingServer) as team:
             refuse_bad_start(settings, team)
+            hosts = [process.host for process in team.processes]
             for method in able:
-                what = f"meeting the others for {method.title}"
-                ask(team.trainers + team.servers, "enter", method.name, method.settings, what=what)
+                what, known = f"meeting the others for {method.title}", knowing_nodes(method.settings, hosts)
+                ask(team.trainers + team.servers, "enter", method.name, known, what=what)
             ask(team.trainers, "seek", step, cursor, what="reading its documents")
             times = _race(team, able, warmup, rounds, console)
     shutil.rmtree(folder)  # as after `verify`

@@ -42,7 +42,7 @@ def shared_out(
     cpus: Sequence[float], threads: int, trainers: int, servers: int, placement: Placement
 ) -> tuple[float, list[int]] | None:
     """The most CPUs, up to `threads`, that each worker can have on hosts of so many, in hundredths, and the places that
-    go with it. Where there are no CPUs to share a worker has 0.01 of one. None where no share makes them fit."""
+    go with it. None where not even 0.01 of one makes them fit."""
     workers = trainers + servers
     shares = {min(100 * threads, int(100 * n / k)) for n in cpus for k in range(1, workers + 1)} - {0} | {1}
     ascending = sorted(shares)
@@ -56,6 +56,11 @@ def shared_out(
         return None
     share = ascending[fitting - 1]
     return share / 100, places(share)
+
+
+def cpus_there(cpus: Sequence[float], threads: int, places: Sequence[int]) -> float:
+    """The most CPUs, up to `threads`, that each worker can have at its place, in hundredths; 0 where one finds none."""
+    return min(100 * threads, *(int(100 * cpus[host] / number) for host, number in Counter(places).items())) / 100
 
 
 def who_is_where(hosts: Sequence[str], trainers: int) -> str:
@@ -93,17 +98,19 @@ def _apart(
     rooms: Sequence[int], largest_first: Sequence[int], trainers: int, servers: int
 ) -> tuple[list[int] | None, list[int] | None]:
     """Trainers on the fewest hosts that leave enough others for the servers; of as many hosts, on the smallest."""
-    windows = []
-    for first in range(len(rooms)):
-        room = 0
-        for last in range(first, len(rooms)):
-            room += rooms[largest_first[last]]
-            if room >= trainers:
-                windows.append((last + 1 - first, room, first))
-                break
-    for size, _, first in sorted(windows):
-        of_trainers = _filled(rooms, largest_first[first : first + size], trainers)
-        others = [0 if taken else room for room, taken in zip(rooms, of_trainers, strict=True)]
-        if of_servers := _spread(others, [0] * len(rooms), servers):
-            return of_trainers, of_servers
-    return None, None
+    enough = max(trainers, servers)  # more room on one host makes no difference, and keeps the sums below small
+    useful = [min(room, enough) for room in rooms]
+    fewest: dict[int, tuple[int, ...]] = {0: ()}  # room -> the fewest hosts that have it together
+    for host, room in enumerate(useful):
+        for before, hosts in list(fewest.items()):
+            if before >= trainers or not room:
+                continue
+            if before + room not in fewest or len(hosts) + 1 < len(fewest[before + room]):
+                fewest[before + room] = (*hosts, host)
+    found = [(len(hosts), room, hosts) for room, hosts in fewest.items() if trainers <= room <= sum(useful) - servers]
+    if not found:
+        return None, None
+    _, _, hosts = min(found)
+    of_trainers = _filled(rooms, [host for host in largest_first if host in hosts], trainers)
+    others = [0 if taken else room for room, taken in zip(rooms, of_trainers, strict=True)]
+    return of_trainers, _spread(others, [0] * len(rooms), servers)

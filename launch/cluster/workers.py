@@ -19,7 +19,6 @@ import re
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +45,10 @@ from distca.launch.cluster.hosts import (
     refuse_unreachable,
     unreachable,
 )
-from distca.launch.cluster.places import places_of, shared_out
+from distca.launch.cluster.places import cpus_there, places_of, shared_out
 from distca.launch.cluster.session import SAY_EVERY_S, Cluster, last_line, uncoloured
 from distca.launch.process.parent import guard_parent
+from distca.launch.process.stop import held
 
 logger = logging.getLogger(__name__)
 
@@ -167,31 +167,17 @@ def place(
         decided = _decided([node.has for node in nodes], wanted, gpus, threads)
         if cluster.own and decided is None:
             raise SettingsError(_missing(wanted, gpus, nodes, "this machine"))
-        num_cpus = decided[0] if decided else 0.0
         left_s = start + timeout_s - time.monotonic()
-        if decided and (places := _free_places(nodes, num_cpus, wanted, gpus)):
-            bundle = {"CPU": num_cpus, **({"GPU": 1} if gpus else {})}
-            at = [nodes[place] for place in places]
-            group = placement_group([bundle] * len(at), bundle_label_selector=[{NODE: node.name} for node in at])
-            try:
-                if group.wait(timeout_seconds=max(0.1, min(TAKEN_S, left_s))):
-                    return Reserved(cluster, group, num_cpus, int(gpus), tuple(at))
-            except BaseException:
-                ray.util.remove_placement_group(group)
-                raise
-            ray.util.remove_placement_group(group)  # somebody else was faster
+        if decided and (now_free := _free_now(nodes, decided[0], wanted, gpus, threads)):
+            if reserved := _reserve(cluster, nodes, *now_free, gpus, max(0.1, min(TAKEN_S, left_s))):
+                return reserved
         now = time.monotonic()
         if now - start >= timeout_s:
-            raise TryAgain(f"{_missing(wanted, gpus, nodes, 'the cluster')} (waited {now - start:.0f} s)")
+            raise TryAgain(f"{_missing(wanted, gpus, nodes)} (waited {now - start:.0f} s)")
         if now - said >= SAY_EVERY_S:
-            said, num_workers = now, trainers + servers
-            logger.info(
-                "waiting for a place for %d workers since %.0f s: they need %s, free are %s",
-                num_workers,
-                now - start,
-                _amount(num_workers if gpus else 0, num_cpus * num_workers),
-                _amount(sum(n.free["GPU"] for n in nodes) if gpus else 0, sum(n.free["CPU"] for n in nodes)),
-            )
+            said, sentence = now, "waiting for a place for %d workers since %.0f s: %s"
+            why = _awaited(nodes, decided[0], trainers + servers, gpus) if decided else _missing(wanted, gpus, nodes)
+            logger.info(sentence, trainers + servers, now - start, why)
         time.sleep(ASK_AGAIN_S)
 
 
@@ -217,49 +203,61 @@ def _decided(
     if not gpus:
         return shared_out(cpus, threads, *wanted)
     places = places_of([int(node["GPU"]) for node in have], *wanted)
-    if places is None:
-        return None
     # CPUs are counted to be fair to others, not exactly: with too few, workers are slow, but they start.
-    least = min(int(100 * cpus[place] / number) for place, number in Counter(places).items())
-    return min(float(threads), max(1, least) / 100), places
+    return places and (cpus_there(cpus, threads, places), places)
 
 
-def _free_places(
-    nodes: Sequence[Node], num_cpus: float, wanted: tuple[int, int, Placement], gpus: bool
-) -> list[int] | None:
-    rooms = [int(round(100 * node.free["CPU"]) // round(100 * num_cpus)) for node in nodes]
+def _free_now(
+    nodes: Sequence[Node], num_cpus: float, wanted: tuple[int, int, Placement], gpus: bool, threads: int
+) -> tuple[float, list[int]] | None:
+    """CPUs of each worker and its place, beside what others hold; a GPU worker makes do with the CPUs that are left."""
+    free = [node.free for node in nodes]
     if gpus:
-        rooms = [min(room, int(node.free["GPU"])) for room, node in zip(rooms, nodes, strict=True)]
-    return places_of(rooms, *wanted)
+        return _decided(free, wanted, gpus, threads)
+    places = places_of([int(round(100 * node["CPU"]) // round(100 * num_cpus)) for node in free], *wanted)
+    return places and (num_cpus, places)
 
 
-def _missing(wanted: tuple[int, int, Placement], gpus: bool, nodes: Sequence[Node], where: str) -> str:
+def _reserve(
+    cluster: Cluster, nodes: Sequence[Node], num_cpus: float, places: Sequence[int], gpus: bool, timeout_s: float
+) -> Reserved | None:
+    """All places at once, or none where somebody else was faster."""
+    bundle, at = {"CPU": num_cpus, "GPU": float(gpus)}, [nodes[place] for place in places]
+    bundle = {kind: number for kind, number in bundle.items() if number}
+    group, ready = None, False
+    try:
+        with held():
+            group = placement_group([bundle] * len(at), bundle_label_selector=[{NODE: node.name} for node in at])
+        ready = group.wait(timeout_seconds=timeout_s)
+    finally:
+        if group and not ready:
+            ray.util.remove_placement_group(group)
+    return Reserved(cluster, group, num_cpus, int(gpus), tuple(at)) if ready else None
+
+
+def _awaited(nodes: Sequence[Node], num_cpus: float, num_workers: int, gpus: bool) -> str:
+    kind, need = ("GPU", num_workers) if gpus else ("CPU", round(num_cpus * num_workers, 2))
+    free = round(sum(node.free[kind] for node in nodes), 2)
+    return f"they need {_count(need, kind)}, free are {_count(free, kind)}"
+
+
+def _missing(wanted: tuple[int, int, Placement], gpus: bool, nodes: Sequence[Node], where: str = "the cluster") -> str:
     """Why workers have no place, and what would help."""
     trainers, servers, placement = wanted
     workers, lower = trainers + servers, "lower parallel.trainers or parallel.servers"
-    have = [node.has for node in nodes]
-    if (
-        placement != "beside"
-        and not _decided(have, wanted, gpus, 1)
-        and _decided(have, (*wanted[:2], "beside"), gpus, 1)
-    ):
+    have, kind = [node.has for node in nodes], "GPU" if gpus else "CPU"
+    has = sum(node[kind] for node in have)
+    is_possible = _decided(have, wanted, gpus, 1) is not None
+    if not is_possible and _decided(have, (trainers, servers, "beside"), gpus, 1):
         return (
             f"parallel.placement: {placement} finds no room for {_count(trainers, 'trainer')} and "
             f"{_count(servers, 'server')} on {_count(len(nodes), 'host')}: `beside` does"
         )
+    held_by_others = ", and others hold them: wait for those, or " if is_possible else ": "
     if gpus:
-        return (
-            f"{workers} workers need {_count(workers, 'GPU')}, {where} has {sum(n['GPU'] for n in have):g}: {lower}, "
-            "or set parallel.device: cpu"
-        )
-    return (
-        f"{workers} workers share {_count(sum(n['CPU'] for n in have), 'CPU')} of {where}, and others hold them: wait "
-        f"for those, or {lower}"
-    )
-
-
-def _amount(num_gpus: float, num_cpus: float) -> str:
-    return (f"{_count(num_gpus, 'GPU')} and " if num_gpus else "") + _count(round(num_cpus, 2), "CPU")
+        ways_out = f"{held_by_others}{lower}, or set parallel.device: cpu"
+        return f"{workers} workers need {_count(workers, 'GPU')}, {where} has {has:g}{ways_out}"
+    return f"{workers} workers share {_count(has, 'CPU')} of {where}{held_by_others}{lower}"
 
 
 def _count(number: float, noun: str) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from distca.config import RunSettings
 from distca.hardware import plan_inputs
+from distca.launch.cluster.places import who_is_where
 from distca.launch.data.batches import Corpus, DocumentStream
 from distca.launch.data.prepare import prepare
 from distca.launch.folder.paths import absolute_paths
@@ -45,7 +46,8 @@ def knowing_nodes(settings: RunSettings, hosts: Sequence[str]) -> RunSettings:
     planner, wire, trainers = settings.planner, settings.planner.wire, settings.parallel.trainers
     if not wire.gb_per_s_in_node:
         return settings
-    of_trainers, of_servers = Counter(hosts[:trainers]), Counter(hosts[trainers:])
+    of_servers = Counter(hosts[trainers : trainers + settings.parallel.servers])  # a race's pools take the first ones
+    of_trainers = Counter(hosts[:trainers])
     *full, last = of_trainers.values()
     most = max(of_trainers.values())
     ranks_per_node = most if set(full) <= {most} else gcd(*full, last)  # runs of equal length, the last may be shorter
@@ -57,6 +59,20 @@ def knowing_nodes(settings: RunSettings, hosts: Sequence[str]) -> RunSettings:
         neighbourhoods=planner.neighbourhoods or number,
     )
     return settings.model_copy(update=dict(planner=planner.model_copy(update=found)))
+
+
+def uneven_nodes(settings: RunSettings, hosts: Sequence[str]) -> str | None:
+    """What the planner takes nodes for that hold unequal numbers of workers, in words; None where it knows them as they
+    are, where the settings say it all, and where they do not ask."""
+    asked, known = settings.planner, knowing_nodes(settings, hosts).planner
+    of_trainers, taken = Counter(hosts[: settings.parallel.trainers]), []
+    if not asked.wire.ranks_per_node and (size := known.wire.ranks_per_node or 0):
+        if size < max(of_trainers.values()):
+            taken.append(f"planner.wire.ranks_per_node: {size}")
+    if not asked.neighbourhoods and known.neighbourhoods and known.neighbourhoods < len(set(hosts)):
+        taken.append(f"planner.neighbourhoods: {known.neighbourhoods}")
+    where = who_is_where(hosts, settings.parallel.trainers)
+    return f"hosts hold unequal numbers of workers ({where}): plans go by {', '.join(taken)}" if taken else None
 
 
 def overlap_of_run(settings: RunSettings, lengths: np.ndarray) -> str:

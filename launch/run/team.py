@@ -19,7 +19,7 @@ from distca.launch.cluster.store import rendezvous_store
 from distca.launch.cluster.workers import Worker, WorkerProcess, gather, place, refuse_strangers, spawn
 from distca.launch.process.forkserver import RayOptions
 from distca.launch.run.elsewhere import documents_of_hosts
-from distca.launch.run.plan_inputs import knowing_nodes
+from distca.launch.run.plan_inputs import knowing_nodes, uneven_nodes
 from distca.launch.run.server import DedicatedServer, Meeting
 from distca.launch.run.trainer import Trainer
 
@@ -72,6 +72,8 @@ def team_of(
             wait_for_hosts(ray.hosts, timeout_s)
             counts = (parallel.trainers, parallel.servers, parallel.placement)
             placement = place(cluster, *counts, timeout_s=timeout_s, gpus=gpus, threads=parallel.threads)
+            if uneven := uneven_nodes(settings, placement.hosts):
+                logger.info("%s", uneven)
             settings = knowing_nodes(settings, placement.hosts)
         with console.status(
             f"starting {parallel.trainers} trainers and {parallel.servers} dedicated attention servers"

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distca.config import validate_settings
-from distca.launch.cluster.places import places_of, shared_out, who_is_where
-from distca.launch.run.plan_inputs import knowing_nodes
+from distca.launch.cluster.places import cpus_there, places_of, shared_out, who_is_where
+from distca.launch.run.plan_inputs import knowing_nodes, uneven_nodes
 
 ROOMS = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 PLACEMENTS = ["beside", "apart", "spread"]
@@ -53,10 +53,28 @@ def test_equal_hosts_are_found_for_those_apart_where_there_are_any(room, hosts, 
     assert places is None or len(set(places[:trainers])) == -(-trainers // room)
 
 
+@settings(max_examples=400)
+@given(
+    rooms=st.lists(st.integers(0, 7), min_size=1, max_size=5), trainers=st.integers(1, 12), servers=st.integers(1, 12)
+)
+def test_trainers_apart_are_on_the_fewest_hosts_that_leave_room_for_the_servers(rooms, trainers, servers):
+    """Not only hosts of neighbouring sizes go together: those of 1 and 3 hold four trainers, and that of 2 the rest."""
+    fewest = [
+        number
+        for number in range(1, len(rooms) + 1)
+        for chosen in combinations(rooms, number)
+        if sum(chosen) >= trainers and sum(rooms) - sum(chosen) >= servers
+    ]
+    places = places_of(rooms, trainers, servers, "apart")
+    assert (places is None) == (not fewest)
+    assert places is None or len(set(places[:trainers])) == fewest[0]
+
+
 def test_trainers_apart_leave_the_large_host_to_the_servers_if_these_need_it():
     assert places_of([4, 2, 2], 2, 5, "apart") == [1, 1, 0, 0, 0, 2, 2]
     assert places_of([4, 2, 2], 2, 4, "apart") == [1, 1, 0, 0, 2, 2]
     assert places_of([4, 2], 3, 3, "apart") is None
+    assert places_of([1, 2, 3], 4, 2, "apart") == [2, 2, 2, 0, 1, 1]
 
 
 @settings(max_examples=300)
@@ -114,6 +132,18 @@ def test_no_larger_share_of_cpus_would_do(cpus, trainers, servers, threads, plac
     assert share == 100 * threads or not any(fits(larger) for larger in range(share + 1, 100 * threads + 1))
 
 
+def test_three_hosts_of_one_cpu_hold_trainers_on_one_and_servers_on_the_others():
+    assert shared_out([1.0, 1.0, 1.0], 1, 3, 3, "apart") == (0.33, [0, 0, 0, 1, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "cpus, threads, places, each",
+    [([4.0, 1.0], 2, [0, 0, 1], 1.0), ([8.0], 2, [0, 0], 2.0), ([2.0], 1, [0] * 3, 0.66), ([9.0, 0.0], 2, [0, 1], 0.0)],
+)
+def test_workers_get_the_cpus_of_the_place_that_has_least(cpus, threads, places, each):
+    assert cpus_there(cpus, threads, places) == each
+
+
 def test_who_is_where_is_said_by_host():
     hosts = ["10.0.0.1"] * 2 + ["10.0.0.2", "10.0.0.1"]
     assert who_is_where(hosts, 2) == "10.0.0.1: trainers 0-1, server 1; 10.0.0.2: server 0"
@@ -123,7 +153,7 @@ def test_who_is_where_is_said_by_host():
 # ---- what the planner is told ----
 
 
-def told(hosts, trainers, **planner):
+def run_of(hosts, trainers, planner):
     values = dict(
         model=dict(config=dict(model_type="llama")),
         data=dict(sources=[dict(path="x.txt")]),
@@ -131,7 +161,11 @@ def told(hosts, trainers, **planner):
         parallel=dict(trainers=trainers, servers=len(hosts) - trainers),
         planner=planner,
     )
-    planner = knowing_nodes(validate_settings(values), hosts).planner
+    return validate_settings(values)
+
+
+def told(hosts, trainers, **planner):
+    planner = knowing_nodes(run_of(hosts, trainers, planner), hosts).planner
     return planner.wire.ranks_per_node, planner.neighbourhoods
 
 
@@ -170,3 +204,29 @@ def test_ranks_that_are_called_near_are_on_one_node(counts):
     hosts = [str(node) for node, number in enumerate(counts) for _ in range(number)]
     size, _ = told(hosts, len(hosts), wire=WIRE)
     assert all(hosts[a] == hosts[b] for a, b in combinations(range(len(hosts)), 2) if a // size == b // size)
+
+
+@pytest.mark.parametrize(
+    "hosts, trainers, taken",
+    [
+        ("aabb", 4, None),
+        ("aabbab", 4, None),
+        ("aaaa", 2, None),
+        ("aaabb", 5, "planner.neighbourhoods: 1"),
+        ("aabbb", 5, "planner.wire.ranks_per_node: 1, planner.neighbourhoods: 1"),
+        ("aabba", 4, "planner.neighbourhoods: 1"),
+    ],
+)
+def test_nodes_with_unequal_numbers_of_workers_are_told_for_what_they_are_taken(hosts, trainers, taken):
+    said = uneven_nodes(run_of(hosts, trainers, dict(wire=WIRE)), list(hosts))
+    assert (said and said.partition("plans go by ")[2]) == taken
+    assert uneven_nodes(run_of(hosts, trainers, {}), list(hosts)) is None
+    set_by_hand = dict(wire=WIRE | dict(ranks_per_node=1), neighbourhoods=1)
+    assert uneven_nodes(run_of(hosts, trainers, set_by_hand), list(hosts)) is None
+
+
+def test_a_pool_with_fewer_servers_than_there_are_is_told_of_its_own():
+    """As in a race, where each pool has some of the workers."""
+    hosts = list("aabb") + list("ab")
+    assert knowing_nodes(run_of(hosts[:4], 4, dict(wire=WIRE)), hosts).planner.neighbourhoods == 2
+    assert knowing_nodes(run_of(hosts[:5], 4, dict(wire=WIRE)), hosts).planner.neighbourhoods == 1

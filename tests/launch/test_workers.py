@@ -17,6 +17,7 @@ import grpc
 import psutil
 import pytest
 import ray
+from ray.util import placement_group_table
 
 from distca.errors import DataError, SettingsError, TryAgain
 from distca.launch.cluster import session
@@ -215,7 +216,7 @@ def test_a_cluster_that_asks_for_no_token_is_refused_before_it_is_told_anything(
 
 @pytest.fixture
 def head(tmp_path, monkeypatch):
-    """A cluster on loopback that asks for the token in the file; its address is in RAY_ADDRESS."""
+    """A cluster on loopback that asks for the token in the file; its address is in RAY_ADDRESS. It counts two GPUs."""
     mark, port, token = uuid.uuid4().hex, free_port(), tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
     with session.environment(
@@ -226,7 +227,7 @@ def head(tmp_path, monkeypatch):
         **{MARK: mark},
     ):
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
-        command += ["--include-dashboard=false", "--num-cpus=1", f"--temp-dir=/tmp/{mark[:8]}"]
+        command += ["--include-dashboard=false", "--num-cpus=1", "--num-gpus=2", f"--temp-dir=/tmp/{mark[:8]}"]
         command += [f"--dashboard-agent-listen-port={free_port()}", "--node-ip-address=127.0.0.1"]
         with open(tmp_path / "head.txt", "w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output)
@@ -262,6 +263,14 @@ def test_a_cluster_is_joined_with_its_token_and_not_without(head, tmp_path):
             worker = spawn(Echo, placement=placement, bundle=0, role="trainer")
             gather([worker.made], 60, "starting")
             assert gather([worker.call("environment", "OMP_NUM_THREADS")], 60, "looking") == [["2"]]
+            with_gpus = place(joined, 1, 1, timeout_s=100, gpus=True)  # though all CPUs are taken
+            assert (with_gpus.num_cpus, with_gpus.num_gpus) == (0, 1)
+            worker = spawn(Echo, placement=with_gpus, bundle=1, role="server")
+            gather([worker.made], 60, "starting")
+            with pytest.raises(TryAgain, match="need 2 GPUs, the cluster has 2, and others hold them: wait for those"):
+                place(joined, 2, timeout_s=0.5, gpus=True)
+            with pytest.raises(TryAgain, match="apart finds no room for 1 trainer and 1 server on 1 host: `beside`"):
+                place(joined, 1, 1, "apart", timeout_s=0.5)
     assert not ray.is_initialized()
 
 
@@ -390,6 +399,42 @@ def test_taken_places_are_waited_for_aloud(running, monkeypatch, caplog):
     with pytest.raises(TryAgain, match="4 workers share 4 CPUs of the cluster, and others hold them"):
         place(running[0], 4, timeout_s=1)
     assert "they need 4 CPUs, free are 0 CPUs" in caplog.text
+
+
+def groups() -> list[str]:
+    """States of the placement groups that there have been, but for those that are gone."""
+    return [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+def test_a_place_that_somebody_else_has_taken_meanwhile_is_given_up_and_looked_for_again(running, monkeypatch):
+    """What nodes say of their room is always of a moment ago."""
+    asked = []
+
+    def a_moment_ago():
+        asked.append(groups())
+        return {node["NodeID"]: node["Resources"] for node in ray.nodes()}
+
+    monkeypatch.setattr(workers_module, "available_resources_per_node", a_moment_ago)
+    monkeypatch.setattr(workers_module, "TAKEN_S", 0.2)
+    with pytest.raises(TryAgain, match="others hold them"):
+        place(running[0], 2, 2, timeout_s=1.5)
+    assert len(asked) > 1 and all(before == ["CREATED"] for before in asked) and groups() == ["CREATED"]
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+def test_who_is_interrupted_while_waiting_for_a_place_leaves_no_group(running, monkeypatch):
+    def interrupted(group, timeout_seconds):
+        raise KeyboardInterrupt
+
+    resources = {node["NodeID"]: node["Resources"] for node in ray.nodes()}
+    monkeypatch.setattr(workers_module, "available_resources_per_node", lambda: resources)
+    monkeypatch.setattr(workers_module.PlacementGroup, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        place(running[0], 4, timeout_s=60)
+    assert groups() == ["CREATED"]
 
 
 @pytest.mark.alone
