@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 from commands import DISTCA, losses_alone, losses_of, wait_until, write_run_file
 from hosts import Host, network, ray_cluster, ray_head, ray_node, without_ray
 
-from distca.errors import EXIT_DATA, EXIT_OTHER, EXIT_SETTINGS, EXIT_TRY_AGAIN
+from distca.errors import EXIT_OTHER, EXIT_SETTINGS, EXIT_TRY_AGAIN
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
 
@@ -170,39 +169,74 @@ def test_the_doctor_asks_every_host_and_names_the_one_that_is_not_well(hosts, en
     assert f"on host {hosts[3].address}" not in done.stdout
 
 
-# ---- documents that each host has for itself ----
+# ---- hosts that keep documents for themselves ----
 
 
-def trained_apart(hosts, tmp_path, before: str, name: str) -> subprocess.CompletedProcess:
-    """Two trainers on two hosts, of which a shell has prepared the second. Their text lies in a folder `texts`."""
-    texts = tmp_path / "texts"
-    texts.mkdir(exist_ok=True)
-    (texts / "a.txt").write_text("".join(f"line {n} of {n * n % 97}\n" for n in range(3000)))
-    data = dict(sources=[dict(path=str(texts / "a.txt"), format="text")], cache=str(tmp_path / "cache"))
-    run = write_run_file(tmp_path, name, data=data, train=dict(steps=3), parallel=dict(servers=0, trainers_serve=True))
-    with ray_head(hosts[3], tmp_path, 1) as environment, ray_node(hosts[4], environment, tmp_path, 1, before):
-        command = [*DISTCA, "train", str(run), "--parallel.placement", "spread", "--folder", str(tmp_path / name)]
-        return hosts[3].run(command, env=environment, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def own_caches(hosts, tmp_path_factory):
+    """Two hosts of two CPUs, and a folder of whose `cache` and `text` the second sees its own, which the folder has as
+    `cache-there` and `text-there`."""
+    folder = tmp_path_factory.mktemp("own")
+    for name in ("cache", "text"):
+        (folder / name).mkdir()
+        (folder / f"{name}-there").mkdir()
+    before = " && ".join(f"mount --bind {folder}/{name}-there {folder}/{name}" for name in ("cache", "text"))
+    with ray_head(hosts[3], folder, 2) as environment, ray_node(hosts[4], environment, folder, 2, before):
+        yield environment, folder
 
 
-def test_a_host_with_a_cache_of_its_own_prepares_for_itself_or_is_named(hosts, tmp_path):
-    for name in ("own", "cache", "elsewhere"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "texts").mkdir()
-    own_cache = f"mount --bind {tmp_path}/own {tmp_path}/cache"
-    done = trained_apart(hosts, tmp_path, own_cache, "first")
+def write_text(folder: Path, *lines: str) -> None:
+    (folder / "a.txt").write_text("".join(f"{line} {n} of {n * n % 97}\n" for n in range(1500) for line in lines))
+
+
+def trained_spread(hosts, own_caches, folder: Path, *options: str) -> subprocess.CompletedProcess:
+    """Four trainers on the two hosts, whose text lies in the folder of `own_caches`."""
+    environment, own = own_caches
+    data = dict(sources=[dict(path=f"{own}/text/*.txt", format="text")], cache=str(own / "cache"))
+    pool = dict(trainers=4, servers=0, trainers_serve=True, placement="spread")
+    run = write_run_file(folder, "own", data=data, train=dict(steps=3), parallel=pool)
+    command = [*DISTCA, "train", str(run), "--folder", str(folder / "run"), *options]
+    return hosts[3].run(command, env=environment, cwd=folder)
+
+
+def prepared_in(cache: Path) -> list[str]:
+    return sorted(path.parent.name for path in cache.glob("*/meta.json"))
+
+
+def test_a_host_with_a_cache_of_its_own_prepares_documents_once(hosts, own_caches, tmp_path):
+    """And a second run, whose text is gone, goes by what it finds there."""
+    _, own = own_caches
+    for name in ("text", "text-there"):
+        write_text(own / name, "line")
+    done = trained_spread(hosts, own_caches, tmp_path)
     assert done.returncode == 0, done.stdout
-    made = {folder.name for folder in (tmp_path / "own").iterdir() if (folder / "meta.json").exists()}
-    assert made == {folder.name for folder in (tmp_path / "cache").iterdir() if (folder / "meta.json").exists()}
-    shutil.rmtree(tmp_path / "own")
-    (tmp_path / "own").mkdir()
-    no_texts = f"{own_cache} && mount --bind {tmp_path}/elsewhere {tmp_path}/texts"
-    done = trained_apart(hosts, tmp_path, no_texts, "second")
-    assert done.returncode == EXIT_DATA and f"host {hosts[4].address} has not the documents" in done.stdout, done.stdout
-    (tmp_path / "elsewhere" / "a.txt").write_text("something else\n" * 3000)
-    done = trained_apart(hosts, tmp_path, no_texts, "third")
-    said = f"host {hosts[4].address} has prepared other documents than the driver"
-    assert done.returncode == EXIT_DATA and said in done.stdout and "step 1" not in done.stdout, done.stdout
+    assert prepared_in(own / "cache-there") == prepared_in(own / "cache") and not list(own.glob("*/.unfinished*"))
+    losses = losses_of(tmp_path / "run")
+    (own / "text-there" / "a.txt").unlink()
+    (tmp_path / "again").mkdir()
+    done = trained_spread(hosts, own_caches, tmp_path / "again")
+    assert done.returncode == 0 and losses_of(tmp_path / "again" / "run") == losses, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("there", "said", "code"),
+    [
+        (None, "does not see the prepared documents {cache}/.*, and cannot prepare them for itself: .*{text}", 2),
+        ("another line", r"data.sources\[0\] .* are not those of the driver's host: a.txt has changed", 3),
+    ],
+    ids=["no text", "another text"],
+)
+def test_a_host_that_cannot_read_the_runs_documents_is_named(hosts, own_caches, tmp_path, there, said, code):
+    _, own = own_caches
+    write_text(own / "text", f"a line for {there}")
+    for old in (own / "text-there").iterdir():
+        old.unlink()
+    if there:
+        write_text(own / "text-there", there)
+    done = trained_spread(hosts, own_caches, tmp_path)
+    assert done.returncode == code and "step 1" not in done.stdout, done.stdout
+    pattern = said.format(cache=own / "cache", text=own / "text")
+    assert re.search(f"host {hosts[4].address}:? {pattern}", " ".join(done.stdout.split())), done.stdout
 
 
 # ---- a batch job ----
