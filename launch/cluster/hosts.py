@@ -75,8 +75,8 @@ def refuse_other_host(wanted: Common, host: str) -> None:
     for file in wanted.files:
         if not os.access(file, os.R_OK):
             raise SettingsError(
-                f"host {host} cannot read {file}: let model.path and data.cache be on a file system that all hosts "
-                "share"
+                f"host {host} cannot read {file}: let model.path be on a file system that all hosts share, or at the "
+                "same place on each"
             )
 
 

@@ -35,7 +35,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 from ray.util.placement_group import PlacementGroup, placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from distca.config import Placement
 from distca.errors import SettingsError, TryAgain, UserError
@@ -280,18 +280,42 @@ def spawn(
     use a process that it keeps ready. `max_concurrency` calls run at the same time, each in a thread.
     """
     number = bundle if number is None else number
-    log = placement.cluster.logs / f"{role}-{number}.txt"
-    strategy = PlacementGroupSchedulingStrategy(placement.group, placement_group_bundle_index=bundle)
     options = dict(
         num_cpus=placement.num_cpus,
         num_gpus=placement.num_gpus,
-        scheduling_strategy=strategy,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement.group, placement_group_bundle_index=bundle),
         max_concurrency=max_concurrency,
-        max_restarts=0,  # a worker that lost its state is not replaced behind our back
-        name=None,
     )
     if env:
         options["runtime_env"] = {"env_vars": dict(env)}
+    return _start(placement.cluster, role, number, options, common, worker_class, args, kwargs)
+
+
+def scout(
+    worker_class: type, *args: Any, cluster: Cluster, node: str, number: int, common: Common | None = None
+) -> Worker:
+    """Start a process on one of Ray's nodes as `spawn` does, but one that takes no place from workers."""
+    options = dict(num_cpus=0, num_gpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+    return _start(cluster, "scout", number, options, common, worker_class, args, {})
+
+
+def nodes_by_host() -> dict[str, str]:
+    """Ray's name for the node of each host that is there, by its address; the driver's own first."""
+    return {node.host: node.name for node in _nodes()}
+
+
+def _start(
+    cluster: Cluster,
+    role: str,
+    number: int,
+    options: dict[str, Any],
+    common: Common | None,
+    worker_class: type,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Worker:
+    log = cluster.logs / f"{role}-{number}.txt"
+    options |= dict(max_restarts=0, name=None)  # a worker that lost its state is not replaced behind our back
     actor = ray.remote(_Host).options(**options).remote(str(log), common, worker_class, args, kwargs)
     return Worker(role, number, log, actor, log.stat().st_size if log.exists() else 0, _kernel_ooms())
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from distca.config import DataSettings, SourceSettings
-from distca.launch.data.batches import META
+from distca.launch.data.batches import LABELS, LENGTHS, META, TOKENS
 from distca.launch.data.encode import tokenizer_name
 from distca.launch.data.files import DataFile
 from distca.paths import expanded
@@ -47,6 +47,20 @@ def find_prepared(cache: Path, identity: str) -> Path | None:
     """The prepared documents of this identity, if they are still there; their sources need not be."""
     folder = expanded(cache) / identity
     return folder if (folder / META).exists() else None
+
+
+def content_of(digests: Iterable[str]) -> str:
+    """The digest of all that training sees, from those of ids, lengths and labels."""
+    return hashlib.blake2b(b"".join(map(bytes.fromhex, digests)), digest_size=16).hexdigest()
+
+
+def content_there(folder: Path) -> str | None:
+    """What `content` in a prepared folder's description has to be, by its files; None where one cannot be read."""
+    files = [folder / TOKENS, folder / LENGTHS, folder / LABELS]
+    digests = digests_of(files, folder.parent)
+    if not files[-1].exists():
+        digests[-1] = hashlib.blake2b(digest_size=16).hexdigest()
+    return None if UNREADABLE in digests else content_of(digests)
 
 
 def identity(

@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -31,6 +31,7 @@ from distca.launch.data.files import NO_ROWS, DataFile, Found, find_files, shown
 from distca.launch.data.identity import (
     FORMAT_VERSION,
     UNREADABLE,
+    content_of,
     digests_of,
     find_prepared,
     identity,
@@ -50,13 +51,17 @@ UNFINISHED = ".unfinished-"
 
 
 def prepare(
-    settings: DataSettings, vocab_size: int, model_path: str | None = None, model_revision: str | None = None
+    settings: DataSettings,
+    vocab_size: int,
+    model_path: str | None = None,
+    model_revision: str | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[Path, ...]:
     """Store every source's documents as token ids below `vocab_size` (the model's), unless that was done before.
 
     Returns a folder per source, for `Corpus`. Raises `DataError` for the first document, file or source that cannot be
     used; with `on_bad_document: skip` documents and files are left out instead, and a warning says how many and why.
-    `model_path` is where the tokenizer comes from if the settings name none."""
+    `model_path` is where the tokenizer comes from if the settings name none. `numbers`: of these sources alone."""
     encoder = Encoder(settings, model_path, model_revision)
     cache = expanded(settings.cache)
     identify = functools.partial(tokenizer_identity, settings, model_path, model_revision, cache)
@@ -65,7 +70,8 @@ def prepare(
     except OSError as error:
         raise SettingsError(f"data.tokenizer: cannot be looked up: {error.strerror}: {error.filename}") from error
     known = (encoder, tokenizer, lambda: identify() == tokenizer)
-    return tuple(_prepare_source(settings, n, *known, vocab_size) for n in range(len(settings.sources)))
+    asked = range(len(settings.sources)) if numbers is None else numbers
+    return tuple(_prepare_source(settings, n, *known, vocab_size) for n in asked)
 
 
 def _prepare_source(
@@ -405,9 +411,8 @@ class _Store:
     def finish(self, meta: dict) -> None:
         """Bring everything to the disk, the description last."""
         counts = {"documents": self.num_documents, "tokens": self.num_tokens, "targets": self.num_targets}
-        content = hashlib.blake2b(b"".join(digest.digest() for digest in self._digests.values()), digest_size=16)
         stored = {"dtype": self._dtype, "labels": LABELS in self._files, "version": FORMAT_VERSION}
-        stored["content"] = content.hexdigest()  # of ids, lengths and labels: all that training sees
+        stored["content"] = content_of(digest.hexdigest() for digest in self._digests.values())
         self._files[META] = self._open(META)
         self._files[META].write(json.dumps({**meta, **counts, **stored}, indent=2).encode())
         for file in self._files.values():

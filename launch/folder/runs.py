@@ -145,14 +145,14 @@ def refuse_other_documents(settings: RunSettings, documents: Sequence[Path], che
     for number, (old, new) in enumerate(zip(before, now, strict=False)):
         if old["content"] != new["content"]:
             path = settings.data.sources[number].path
-            wrong.append(f"data.sources[{number}] ({path}): {_other_files(old['files'], new['files'])}")
+            wrong.append(f"data.sources[{number}] ({path}): {other_files(old['files'], new['files'])}")
     raise DataError(
         f"{checkpoint.path}: the documents have changed since, and its place in them has no meaning now: "
         f"{'; '.join(wrong)}. Restore them, or start a new run"
     )
 
 
-def _other_files(before: Sequence[tuple[str, str]], now: Sequence[tuple[str, str]]) -> str:
+def other_files(before: Sequence[tuple[str, str]], now: Sequence[tuple[str, str]]) -> str:
     """In which files two states of a source differ, by content."""
     old, new = Counter(digest for _, digest in before), Counter(digest for _, digest in now)
     gone = [name for name, digest in before if old[digest] > new[digest]]

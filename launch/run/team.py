@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,9 +17,9 @@ from distca.launch.cluster.hosts import common
 from distca.launch.cluster.session import start_ray, wait_for_hosts
 from distca.launch.cluster.store import rendezvous_store
 from distca.launch.cluster.workers import Worker, WorkerProcess, gather, place, refuse_strangers, spawn
-from distca.launch.data.batches import META
 from distca.launch.process.forkserver import RayOptions
 from distca.launch.run.plan_inputs import knowing_nodes
+from distca.launch.run.readers import documents_by_host
 from distca.launch.run.server import DedicatedServer, Meeting
 from distca.launch.run.trainer import Trainer
 
@@ -45,8 +45,11 @@ def team_of(
     ray: RayOptions,
     trainer: type = Trainer,
     server: type = DedicatedServer,
+    run_file: RunSettings | None = None,
 ) -> Iterator[Team]:
-    """Ray, a place for every worker, workers joined by links; all gone on the way out."""
+    """Ray, a place for every worker, workers joined by links; all gone on the way out.
+
+    `run_file` says what the documents were made from, where that is not in `settings`."""
     parallel = settings.parallel
     num_workers, timeout_s = parallel.trainers + parallel.servers, parallel.start_timeout_s
     gpus, there = use_gpus(settings), torch.cuda.device_count()
@@ -69,17 +72,20 @@ def team_of(
         ):
             store, port = rendezvous_store(cluster.host, timeout_s)
             stack.callback(lambda: store)  # the workers' meeting point lives as long as they do
-            looked_for = None if cluster.own else stack.enter_context(common([folder], _read(settings, documents)))
+            of_trainers = None if cluster.own else stack.enter_context(common([folder], _read(settings)))
             arguments = (settings, Meeting(cluster.host, port), "cuda" if gpus else "cpu")
-            where = dict(placement=placement, common=looked_for)
-            trainers = [
-                spawn(trainer, rank, *arguments, documents, bundle=rank, role="trainer", **where)
-                for rank in range(parallel.trainers)
-            ]
             first = parallel.trainers if parallel.trainers_serve else 0
+            where = dict(placement=placement, role="server", common=of_trainers and replace(of_trainers, files=()))
             servers = [
-                spawn(server, first + n, *arguments, bundle=parallel.trainers + n, role="server", number=n, **where)
+                spawn(server, first + n, *arguments, bundle=parallel.trainers + n, number=n, **where)
                 for n in range(parallel.servers)
+            ]
+            hosts, made_with = placement.hosts[: parallel.trainers], (settings, run_file or settings, folder)
+            of_hosts = documents_by_host(cluster, hosts, *made_with, documents, of_trainers)
+            where = dict(placement=placement, role="trainer", common=of_trainers)
+            trainers = [
+                spawn(trainer, rank, *arguments, of_hosts[host], bundle=rank, **where)
+                for rank, host in enumerate(hosts)
             ]
             processes = gather([w.made for w in trainers + servers], timeout_s, "starting")
             refuse_strangers(trainers + servers, processes, timeout_s)
@@ -87,10 +93,10 @@ def team_of(
         yield Team(trainers, servers, processes)
 
 
-def _read(settings: RunSettings, documents: tuple[Path, ...]) -> list[Path]:
-    """Files and folders that workers read; a model of a hub is not among them."""
-    files, model = [folder / META for folder in documents], settings.model.path
-    return [*files, Path(model)] if model and Path(model).exists() else files
+def _read(settings: RunSettings) -> list[Path]:
+    """Files and folders that every trainer reads; a model of a hub is not among them."""
+    model = settings.model.path
+    return [Path(model)] if model and Path(model).exists() else []
 
 
 def ask(workers: list[Worker], method: str, *arguments, what: str, timeout_s: float | None = None) -> list:

@@ -139,7 +139,7 @@ def _run(
     `run_file` is what the run's file says, `settings` what its workers go by: after `start` the run's own model."""
     steps, done = settings.train.steps, start.step if start else 0
     cursor = Cursor(*start.facts["cursor"]) if start else Cursor()
-    with team_of(settings, folder, documents, console, ray) as team:
+    with team_of(settings, folder, documents, console, ray, run_file=run_file) as team:
         if start:
             ask(team.trainers, "load", start.path, what="loading the checkpoint")
         else:

@@ -152,6 +152,76 @@ def test_a_host_with_another_version_is_named(hosts, tmp_path):
     assert f"host {hosts[5].address} has numpy 0.1, the driver's host has" in said
 
 
+# ---- hosts that keep documents for themselves ----
+
+
+@pytest.fixture(scope="module")
+def own_caches(hosts, tmp_path_factory):
+    """Two hosts of two CPUs, and a folder of whose `cache` and `text` the second sees its own, which the folder has as
+    `cache-there` and `text-there`."""
+    folder = tmp_path_factory.mktemp("own")
+    for name in ("cache", "text"):
+        (folder / name).mkdir()
+        (folder / f"{name}-there").mkdir()
+    before = " && ".join(f"mount --bind {folder}/{name}-there {folder}/{name}" for name in ("cache", "text"))
+    with ray_head(hosts[3], folder, 2) as environment, ray_node(hosts[4], environment, folder, 2, before):
+        yield environment, folder
+
+
+def write_text(folder: Path, *lines: str) -> None:
+    (folder / "a.txt").write_text("".join(f"{line} {n} of {n * n % 97}\n" for n in range(1500) for line in lines))
+
+
+def trained_spread(hosts, own_caches, folder: Path, *options: str) -> subprocess.CompletedProcess:
+    """Four trainers on the two hosts, whose text lies in the folder of `own_caches`."""
+    environment, own = own_caches
+    data = dict(sources=[dict(path=f"{own}/text/*.txt", format="text")], cache=str(own / "cache"))
+    pool = dict(trainers=4, servers=0, trainers_serve=True, placement="spread")
+    run = write_run_file(folder, "own", data=data, train=dict(steps=3), parallel=pool)
+    command = [*DISTCA, "train", str(run), "--folder", str(folder / "run"), *options]
+    return hosts[3].run(command, env=environment, cwd=folder)
+
+
+def prepared_in(cache: Path) -> list[str]:
+    return sorted(path.parent.name for path in cache.glob("*/meta.json"))
+
+
+def test_a_host_with_a_cache_of_its_own_prepares_documents_once(hosts, own_caches, tmp_path):
+    """And a second run, whose text is gone, goes by what it finds there."""
+    _, own = own_caches
+    for name in ("text", "text-there"):
+        write_text(own / name, "line")
+    done = trained_spread(hosts, own_caches, tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert prepared_in(own / "cache-there") == prepared_in(own / "cache") and not list(own.glob("*/.unfinished*"))
+    losses = losses_of(tmp_path / "run")
+    (own / "text-there" / "a.txt").unlink()
+    (tmp_path / "again").mkdir()
+    done = trained_spread(hosts, own_caches, tmp_path / "again")
+    assert done.returncode == 0 and losses_of(tmp_path / "again" / "run") == losses, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("there", "said", "code"),
+    [
+        (None, "does not see the prepared documents {cache}/.*, and cannot prepare them for itself: .*{text}", 2),
+        ("another line", r"data.sources\[0\] .* are not those of the driver's host: a.txt has changed", 3),
+    ],
+    ids=["no text", "another text"],
+)
+def test_a_host_that_cannot_read_the_runs_documents_is_named(hosts, own_caches, tmp_path, there, said, code):
+    _, own = own_caches
+    write_text(own / "text", f"a line for {there}")
+    for old in (own / "text-there").iterdir():
+        old.unlink()
+    if there:
+        write_text(own / "text-there", there)
+    done = trained_spread(hosts, own_caches, tmp_path)
+    assert done.returncode == code and "step 1" not in done.stdout, done.stdout
+    pattern = said.format(cache=own / "cache", text=own / "text")
+    assert re.search(f"host {hosts[4].address}:? {pattern}", " ".join(done.stdout.split())), done.stdout
+
+
 # ---- a batch job ----
 
 

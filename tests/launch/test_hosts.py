@@ -53,9 +53,9 @@ def test_a_folder_that_is_another_one_there_is_refused(tmp_path):
             refuse_other_host(wanted, "10.0.0.2")
 
 
-def test_documents_that_a_host_lacks_are_named(tmp_path):
-    with common([], [tmp_path / "documents"]) as wanted:
-        with pytest.raises(SettingsError, match=f"^host 10.0.0.2 cannot read {tmp_path}/documents"):
+def test_a_model_that_a_host_lacks_is_named(tmp_path):
+    with common([], [tmp_path / "model"]) as wanted:
+        with pytest.raises(SettingsError, match=f"^host 10.0.0.2 cannot read {tmp_path}/model"):
             refuse_other_host(wanted, "10.0.0.2")
 
 
