@@ -12,7 +12,7 @@ import gzip
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,17 @@ PINGS = 5
 class Recorder:
     """Asks the workers to note what they do in the steps that somebody wants to see, and keeps the run's trace."""
 
-    def __init__(self, folder: Path, steps: tuple[int, int] | None, trainers: list[Worker], servers: list[Worker]):
-        """`steps`: first and last of the run's trace. `servers` in the pool's order; trainers may be among them."""
+    def __init__(
+        self,
+        folder: Path,
+        steps: tuple[int, int] | None,
+        trainers: list[Worker],
+        servers: list[Worker],
+        names: Mapping[str, str] | None = None,
+    ):
+        """`steps`: first and last of the run's trace. `servers` in the pool's order; trainers may be among them.
+        `names`: what people know workers by."""
+        self._names = names or {}
         self._folder, self._traced = folder / FOLDER, steps or (0, -1)
         self._workers = trainers + [server for server in servers if server not in trainers]
         self._ranks = {str(worker): rank for rank, worker in enumerate(trainers)}
@@ -89,7 +98,7 @@ class Recorder:
         for worker, spans, (shift, error_s) in zip(self._workers, found, self._clocks, strict=True):
             moved = [replace(s, start=s.start + shift, end=s.end + shift) for s in spans] if shift else spans
             where = self._ranks.get(str(worker)), self._numbers.get(str(worker))
-            recordings.append(Recording(str(worker), moved, error_s, *where))
+            recordings.append(Recording(self._names.get(str(worker), str(worker)), moved, error_s, *where))
         return [*recordings, Recording("driver", own)]
 
     def _compare_clocks(self) -> list[tuple[float, float]]:

@@ -149,7 +149,7 @@ def _run(
         write_settings(run_file, folder)
         before = start.facts["record"] if start else None
         monitor = Monitor(folder, settings.monitor, first_step=done + 1, before=before)
-        recorder = Recorder(folder, settings.monitor.trace_steps, team.trainers, serving(settings, team))
+        recorder = Recorder(folder, settings.monitor.trace_steps, team.trainers, serving(settings, team), team.names)
         everybody = zip(team.trainers + team.servers, team.processes, strict=True)
         with taking_part(folder, {str(w): (p.host, p.pid) for w, p in everybody}), closing(recorder), closing(monitor):
             monitor.start(dump_settings(run_file), versions() | _describe(settings, team, documents, console))
@@ -327,6 +327,7 @@ class _Reporter:
             capacity=capacity,
             capacity_packed=np.append(np.ones(len(self._team.trainers)), np.zeros(len(self._team.servers))),
             names=[str(worker) for worker in workers],
+            hosts=self._team.hosts,
         )
 
 
