@@ -1,7 +1,7 @@
 """Is this machine, and what a run file asks of it, fit for a run?
 
 Every check looks at one thing, says in one line what it found, and what to do where that is not right. Nothing is
-kept, and nothing is started but a process on each host of a cluster (RAY_ADDRESS), which looks around there. The checks
+kept, and nothing is started but, with RAY_ADDRESS, a process that looks around on every host of the cluster. The checks
 decide from numbers that they are given, so each can be asked what if.
 """
 
@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from ipaddress import ip_address
@@ -25,11 +26,20 @@ from packaging.requirements import Requirement
 
 from distca.config import RunSettings
 from distca.errors import UserError
-from distca.launch.cluster.hosts import LOOPBACK, common, own_addresses, own_code, refuse_loopback
-from distca.launch.cluster.session import OBJECT_STORE_BYTES, cluster_at, start_ray
-from distca.launch.cluster.workers import gather, nodes_of_cluster, refuse_strangers, scout
-from distca.launch.folder.make import refuse_folder
-from distca.launch.process.forkserver import RayOptions
+from distca.launch.cluster.hosts import (
+    LOOPBACK,
+    Common,
+    barriers,
+    common,
+    differences,
+    own_addresses,
+    own_code,
+    refuse_loopback,
+)
+from distca.launch.cluster.session import OBJECT_STORE_BYTES, Cluster, cluster_at, hosts_by_address, start_ray
+from distca.launch.cluster.workers import Worker, gather, nodes_by_host, scout, strangers
+from distca.launch.folder.paths import absolute_paths, nearest, obstacle
+from distca.launch.folder.trace import clock_shift
 from distca.launch.process.limits import enough_allowed
 from distca.launch.process.unforeseen import room
 from distca.metrics import bytes_text
@@ -38,6 +48,9 @@ from distca.paths import expanded
 SHARED_MEMORY = OBJECT_STORE_BYTES + (64 << 20)
 LOW_DISK, LITTLE_DISK = 1 << 30, 10 << 30
 CLOCK_S = 120.0  # two clocks that differ by less are taken for one
+HOST_CLOCK_S = 1.0  # between hosts of a cluster, whose logs are read side by side
+PINGS = 5
+HOST_S = 60.0  # for any answer of a host
 CPU_BUILD = "+cpu"
 HOST_S = 60.0  # for each answer of a host of a cluster
 HOST_CLOCK_S = 2.0
@@ -68,14 +81,14 @@ def _findings(settings: RunSettings | None) -> Iterator[Finding]:
     yield from _gpus(settings)
     yield from _allowed(settings)
     yield from network(own_addresses(), socket.gethostname(), _address_of(socket.gethostname()))
-    shm = Path("/dev/shm")
-    yield shared_memory(shutil.disk_usage(shm).total if shm.is_dir() else 0)
+    yield _shared_memory()
     yield clock(time.time(), _newest_file(), _file_clock(Path(tempfile.gettempdir())))
-    yield (ray := _ray())
+    cluster = _cluster()
+    yield cluster
     if settings:
         yield from places(settings)
         yield processors(settings, len(os.sched_getaffinity(0)))
-    if ray.level == "ok" and _is_cluster():
+    if is_cluster() and cluster.level == "ok":
         yield from _hosts(settings)
 
 
@@ -133,15 +146,10 @@ def places(settings: RunSettings) -> Iterator[Finding]:
     """Folders of a run file."""
     folders = {"monitor.folder": settings.monitor.folder, "data.cache": expanded(settings.data.cache)}
     for name, folder in folders.items():
-        try:
-            refuse_folder(folder.absolute(), name)
-        except UserError as error:
-            yield Finding("failed", name, str(error).removeprefix(f"{name}: "), f"set {name} to another folder")
-            continue
-        free = room(folder).bytes
-        level = "failed" if free < LOW_DISK else "warning" if free < LITTLE_DISK else "ok"
-        advice = "" if level == "ok" else "free some: documents and checkpoints go there"
-        yield Finding(level, name, f"{folder}: {bytes_text(free)} free", advice)
+        if there := obstacle(folder):
+            yield Finding("failed", name, f"{folder}: {there} cannot be written to", f"set {name} to another folder")
+        else:
+            yield disk(name, folder, room(folder).bytes, "documents and checkpoints go there")
     sources = [source.path for source in settings.data.sources if source.path.startswith(("/", ".", "~"))]
     local = {"model.path": settings.model.path} if (settings.model.path or "").startswith(("/", ".", "~")) else {}
     for name, path in local.items() | {(f"data.sources {path}", path) for path in sources if "*" not in path}:
@@ -149,11 +157,16 @@ def places(settings: RunSettings) -> Iterator[Finding]:
             yield Finding("failed", name, f"{path} cannot be read", "correct the path, or who may read it")
 
 
+def disk(name: str, folder: Path, free: int, use: str) -> Finding:
+    level = "failed" if free < LOW_DISK else "warning" if free < LITTLE_DISK else "ok"
+    return Finding(level, name, f"{folder}: {bytes_text(free)} free", "" if level == "ok" else f"free some: {use}")
+
+
 def processors(settings: RunSettings, cpus: int) -> Finding:
     parallel = settings.parallel
     workers = parallel.trainers + parallel.servers
     found = f"{workers} workers x {parallel.threads} threads on {cpus} CPUs"
-    if _is_cluster() or workers * parallel.threads <= cpus:
+    if is_cluster() or workers * parallel.threads <= cpus:
         return Finding("ok", "workers", found)
     return Finding("warning", "workers", found, "they take turns: fewer workers or threads may be as fast")
 
@@ -172,7 +185,7 @@ def _gpus(settings: RunSettings | None) -> Iterator[Finding]:
     else:
         yield Finding("failed" if wanted else "ok", "GPUs", "none", "parallel.device: cpu" if wanted else "")
     workers = settings.parallel.trainers + settings.parallel.servers if settings else 0
-    if count and wanted and count < workers and not _is_cluster():
+    if count and wanted and count < workers and not is_cluster():
         yield Finding("failed", "GPUs", f"{workers} workers want one each", "fewer workers, or a cluster (RAY_ADDRESS)")
 
 
@@ -186,13 +199,18 @@ def _allowed(settings: RunSettings | None) -> Iterator[Finding]:
         yield Finding("failed", "limits", found, advice)
 
 
-def _is_cluster() -> bool:
+def is_cluster() -> bool:
     return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
 
 
-def _ray() -> Finding:
+def _shared_memory() -> Finding:
+    shm = Path("/dev/shm")
+    return shared_memory(shutil.disk_usage(shm).total if shm.is_dir() else 0)
+
+
+def _cluster() -> Finding:
     address = os.environ.get("RAY_ADDRESS", "local")
-    if not _is_cluster():
+    if not is_cluster():
         return Finding("ok", "Ray", "RAY_ADDRESS is not set: a run starts a Ray of its own, on loopback, with a token")
     try:
         gcs = cluster_at(address)
@@ -202,59 +220,124 @@ def _ray() -> Finding:
     return Finding("ok", "Ray", f"the cluster at {gcs} takes our token")
 
 
-class Scout:
-    """Looks around on one host of a cluster."""
+# ---- the hosts of a cluster ----
 
-    def look(self, settings: RunSettings | None) -> tuple[list[Finding], float]:
-        """What is not as it should be, and the time."""
-        shm = Path("/dev/shm")
-        found = [shared_memory(shutil.disk_usage(shm).total if shm.is_dir() else 0), *_allowed(settings)]
-        found += places(settings) if settings else ()
-        return [finding for finding in found if finding.level != "ok"], time.time()
+
+class Visitor:
+    """Looks around on one host."""
+
+    def differences(self, wanted: Common, host: str) -> list[str]:
+        return list(differences(wanted, host))
+
+    def look(self, settings: RunSettings | None) -> list[Finding]:
+        """What it says of itself, by the checks of the driver's machine."""
+        temporary = Path(tempfile.gettempdir())
+        found = [*_allowed(settings), _shared_memory(), clock(time.time(), _newest_file(), _file_clock(temporary))]
+        found.append(disk("disk", temporary, room(temporary).bytes, "Ray's sessions and logs are there"))
+        return [*found, *(map(_of_any_host, places(settings)) if settings else ())]
+
+    def time(self) -> float:
+        return time.time()
+
+
+def _of_any_host(finding: Finding) -> Finding:
+    """Hosts without trainers read no documents, nor do those that see the driver's prepared ones."""
+    if finding.level == "failed" and finding.what.startswith("data.sources"):
+        return replace(finding, level="warning", advice="needed where trainers are and data.cache is not shared")
+    return finding
 
 
 def _hosts(settings: RunSettings | None) -> Iterator[Finding]:
-    """Every host of the cluster, asked by a process there that takes no place from workers."""
+    """What every host of the cluster says, beside the driver's."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(start_ray(folder, RayOptions(insecure=True), num_workers=1))
-        nodes = nodes_of_cluster()
         try:
-            refuse_loopback({node.host: node.name for node in nodes})
+            cluster = stack.enter_context(start_ray(folder, num_workers=1))
+            refuse_loopback(hosts_by_address())
+            settings = settings and absolute_paths(settings)  # a host stands in another folder
+            shared = [nearest(settings.monitor.folder)] if settings and not obstacle(settings.monitor.folder) else []
+            model = [Path(settings.model.path)] if settings and settings.model.path else []
+            wanted = stack.enter_context(common(shared, [path for path in model if path.exists()]))
+            found = _visited(cluster, settings, wanted)
         except UserError as error:
-            found, _, advice = str(error).partition(": ")
-            yield Finding("failed", "hosts", found, advice)
-            return
-        shared = [settings.monitor.folder] if settings and settings.monitor.folder.is_dir() else []
-        model = settings and settings.model.path
-        wanted = stack.enter_context(common(shared, [Path(model)] if model and Path(model).exists() else []))
-        asked = [scout(Scout, cluster=cluster, node=node, number=n, common=wanted) for n, node in enumerate(nodes)]
-        there, clocks = {}, []
-        for node, one in zip(nodes, asked, strict=True):
-            try:
-                [process] = gather([one.made], HOST_S, "coming up")
-                before = time.time()
-                [(findings, now)] = gather([one.call("look", settings)], HOST_S, "looking around")
-            except UserError as error:
-                found, _, advice = str(error).partition(": ")
-                yield Finding("failed", "host", found if node.host in found else f"{node.host}: {found}", advice)
-                continue
-            there[one] = process
-            clocks.append(now - (before + time.time()) / 2)
-            for finding in findings:
-                yield replace(finding, found=f"on host {node.host}, {finding.found}")
-            if abs(clocks[-1]) > HOST_CLOCK_S:
-                found = f"host {node.host} is {clocks[-1]:+.1f} s away from this one"
-                yield Finding("warning", "clock", found, "let all hosts have one time (NTP): logs and traces go by it")
+            found = [_failed("hosts", str(error))]
+    yield from found
+
+
+def _visited(cluster: Cluster, settings: RunSettings | None, wanted: Common) -> list[Finding]:
+    nodes, found = nodes_by_host(), []
+    visitors = {
+        host: scout(Visitor, cluster=cluster, node=node, number=n) for n, (host, node) in enumerate(nodes.items())
+    }
+    told: dict[str, list[Finding]] = {}
+    unlike: list[str] = []
+    away_s: dict[str, tuple[float, float]] = {}
+    for host, visitor in list(visitors.items()):
         try:
-            refuse_strangers(list(there), list(there.values()), HOST_S)
+            gather([visitor.made], HOST_S, "coming up")
+            unlike += _ask(visitor, "differences", wanted, host)
+            told[host] = _ask(visitor, "look", settings)
+            away_s[host] = clock_shift([_ping(visitor) for _ in range(PINGS)])
         except UserError as error:
-            found, _, advice = str(error).partition(": ")
-            yield Finding("failed", "hosts", found, advice)
-            return
-        if len(there) == len(nodes):
-            names = ", ".join(node.host for node in nodes)
-            facts = "one code and one set of libraries; all reach each other; clocks within"
-            yield Finding("ok", "hosts", f"{names}: {facts} {max(map(abs, clocks)):.1f} s")
+            found.append(_failed("hosts", re.sub(r" \((its log|traceback): [^)]*\)$", "", str(error))))
+            del visitors[host]
+    told.pop(cluster.host, None)  # it has been asked as this machine
+    found += [_failed("versions" if " has " in sentence else "folders", sentence) for sentence in unlike]
+    try:
+        unreached = list(barriers(strangers(visitors, HOST_S))) if visitors else []
+    except UserError as error:
+        unreached = [str(error)]
+    found += [_failed("network", sentence) for sentence in unreached]
+    if len(visitors) == len(nodes):
+        same = [] if unlike else ["the same versions"]
+        same += ["each reaches every other"] if not unreached and len(nodes) > 1 else []
+        found.append(Finding("ok", "hosts", f"{_number(nodes)}: {', '.join([*same, *nodes])}"))
+    return found + list(clocks(away_s)) + list(summed_up(told))
+
+
+def summed_up(told: Mapping[str, Sequence[Finding]]) -> Iterator[Finding]:
+    """A line for what hosts are not fit in, those with the same named together, and one for the rest."""
+    hosts_with: dict[Finding, list[str]] = {}
+    for host, findings in told.items():
+        for finding in findings:
+            hosts_with.setdefault(finding, []).append(host)
+    wrong = {finding: hosts for finding, hosts in hosts_with.items() if finding.level != "ok"}
+    for finding, hosts in wrong.items():
+        named = f"host{'' if len(hosts) == 1 else 's'} {', '.join(hosts)}"
+        yield replace(finding, found=f"{named}: {finding.found}")
+    fit = dict.fromkeys(finding.what for finding in hosts_with if finding.what not in {w.what for w in wrong})
+    if fit:
+        yield Finding("ok", "other hosts", f"{_number(told)}: fit in {', '.join(fit)}")
+
+
+def clocks(shifts: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
+    """Seconds by which each host is behind the driver's, and how wrong that may be."""
+    far = {host: behind_s for host, (behind_s, error_s) in shifts.items() if abs(behind_s) - error_s > HOST_CLOCK_S}
+    for host, behind_s in far.items():
+        found = f"host {host} is {abs(behind_s):.1f} s {'behind' if behind_s > 0 else 'ahead of'} the driver's"
+        advice = "let all hosts have one time (timedatectl set-ntp true): logs and the ages of files go by it"
+        yield Finding("warning", "clocks", found, advice)
+    if shifts and not far:
+        most_s = max(abs(behind_s) for behind_s, _ in shifts.values())
+        yield Finding("ok", "clocks", f"{_number(shifts)}: at most {most_s:.2f} s from the driver's")
+
+
+def _ask(visitor: Worker, method: str, *arguments: object) -> list:
+    [answer] = gather([visitor.call(method, *arguments)], HOST_S, "looking around")
+    return answer
+
+
+def _ping(visitor: Worker) -> tuple[float, float, float]:
+    asked = time.time()
+    return asked, _ask(visitor, "time"), time.time()
+
+
+def _failed(what: str, sentence: str) -> Finding:
+    found, _, advice = sentence.partition(": ")
+    return Finding("failed", what, found, advice)
+
+
+def _number(hosts: Mapping[str, object]) -> str:
+    return f"{len(hosts)} host{'' if len(hosts) == 1 else 's'}"
 
 
 def _installed() -> dict[str, str | None]:

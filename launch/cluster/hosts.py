@@ -54,27 +54,34 @@ def common(folders: Sequence[Path], files: Sequence[Path]) -> Iterator[Common]:
 
 def refuse_other_host(wanted: Common, host: str) -> None:
     """Raise SettingsError, with the name of this host, where it is not like the driver's."""
+    for sentence in differences(wanted, host):
+        raise SettingsError(sentence)
+
+
+def differences(wanted: Common, host: str) -> Iterator[str]:
+    """In what this host is not like the driver's, in sentences with its name."""
     here = versions()
     for name, there in wanted.versions.items():
         if here[name] != there:
-            raise SettingsError(
+            yield (
                 f"host {host} has {name} {here[name]}, the driver's host has {there}: all hosts of a run need the same"
             )
     for folder in wanted.folders:
         if not (folder / wanted.mark).exists():
-            raise SettingsError(
+            yield (
                 f"host {host} does not see what the driver writes into {folder}: let monitor.folder be on a file "
                 "system that all hosts share"
             )
+            continue
         own = folder / f"{wanted.mark}-{secrets.token_hex(4)}"
         try:
             own.touch()
             own.unlink()
         except OSError as error:
-            raise SettingsError(f"host {host} cannot write into {folder}: {error.strerror}") from None
+            yield f"host {host} cannot write into {folder}: {error.strerror}"
     for file in wanted.files:
         if not os.access(file, os.R_OK):
-            raise SettingsError(
+            yield (
                 f"host {host} cannot read {file}: let model.path be on a file system that all hosts share, or at the "
                 "same place on each"
             )
@@ -136,9 +143,15 @@ def unreachable(places: Mapping[str, int], timeout_s: float = REACH_S) -> dict[s
 
 def refuse_unreachable(missed: Mapping[str, Mapping[str, str]]) -> None:
     """Raise SettingsError where a host does not reach another; `missed` is `unreachable` of each."""
+    for sentence in barriers(missed):
+        raise SettingsError(sentence)
+
+
+def barriers(missed: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    """Which hosts do not reach which, in sentences."""
     for here, others in missed.items():
         for there, reason in others.items():
-            raise SettingsError(
+            yield (
                 f"host {here} does not reach host {there} ({reason}): workers listen on ports that the kernel picks, "
                 "so let the hosts of a run reach each other on all ports"
             )

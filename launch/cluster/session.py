@@ -382,7 +382,7 @@ def wait_for_hosts(num_hosts: int, timeout_s: float) -> None:
     """Wait until Ray has so many hosts: those of a job come up one after the other. Raises `TryAgain`; `SettingsError`
     where no other would reach one of them."""
     start = said = time.monotonic()
-    while len(there := _hosts()) < num_hosts:
+    while len(there := hosts_by_address()) < num_hosts:
         refuse_loopback(there)
         now = time.monotonic()
         sentence = f"{len(there)} of {num_hosts} hosts are there: {', '.join(there)}"
@@ -395,7 +395,7 @@ def wait_for_hosts(num_hosts: int, timeout_s: float) -> None:
     refuse_loopback(there)
 
 
-def _hosts() -> dict[str, str]:
+def hosts_by_address() -> dict[str, str]:
     """Names of the hosts that Ray has, by their addresses."""
     return {node["NodeManagerAddress"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
 

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
+from ray._private import worker as ray_driver
+from ray._private.state import available_resources_per_node, state
 from ray.exceptions import (
     ActorUnavailableError,
     OutOfMemoryError,
@@ -55,6 +56,9 @@ logger = logging.getLogger(__name__)
 NODE = "ray.io/node-id"  # the label that Ray gives each node
 ASK_AGAIN_S = 0.2
 TAKEN_S = 5.0  # what is free is taken at once; later somebody else has it
+LOSSES = (RayActorError, OutOfMemoryError, ActorUnavailableError)  # the worker's process is gone, or will be
+LAST_WORDS_S, LAST_WORDS_BYTES = 15.0, 1 << 16  # for and of what a worker printed on another host
+HEAD_LOST = re.compile(r"\bGCS\b|StatusCode\.|RPC [Ee]rror|rpc_code")
 ROOT_CAUSE_S = 1.0  # after a first failure, others are awaited this long: the first to speak is often a victim
 
 
@@ -295,12 +299,16 @@ def spawn(
 
 
 def scout(
-    worker_class: type, *args: Any, cluster: Cluster, node: Node, number: int, common: Common | None = None
+    worker_class: type, *args: Any, cluster: Cluster, node: str, number: int, common: Common | None = None
 ) -> Worker:
-    """Start a process on a node that takes no place from workers: as `spawn`, to see what is there."""
-    strategy = NodeAffinitySchedulingStrategy(node.name, soft=False)
-    options = dict(num_cpus=0, num_gpus=0, scheduling_strategy=strategy)
+    """Start a process on one of Ray's nodes as `spawn` does, but one that takes no place from workers."""
+    options = dict(num_cpus=0, num_gpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
     return _start(cluster, "scout", number, options, common, worker_class, args, {})
+
+
+def nodes_by_host() -> dict[str, str]:
+    """Ray's name for the node of each host that is there, by its address; the driver's own first."""
+    return {node.host: node.name for node in _nodes()}
 
 
 def _start(
@@ -311,7 +319,7 @@ def _start(
     common: Common | None,
     worker_class: type,
     args: tuple,
-    kwargs: dict,
+    kwargs: dict[str, Any],
 ) -> Worker:
     log = cluster.logs / f"{role}-{number}.txt"
     options |= dict(max_restarts=0, name=None)  # a worker that lost its state is not replaced behind our back
@@ -327,7 +335,7 @@ class _Host:
 
     def __init__(self, log: str, common: Common | None, worker_class: type, args: tuple, kwargs: dict):
         guard_parent()
-        if os.path.isdir(os.path.dirname(log)):  # on another node without shared folders, Ray's own log has to do
+        if os.path.isdir(os.path.dirname(log)):  # where it is not, Ray's own log has the words, until `_bring_home`
             _print_into(log)
         self._error: Exception | None = None
         try:
@@ -360,14 +368,19 @@ class _Host:
 def refuse_strangers(workers: Sequence[Worker], processes: Sequence[WorkerProcess], timeout_s: float) -> None:
     """Raise SettingsError where a worker's host does not reach another's, by the addresses that they have in Ray."""
     one_of = {process.host: worker for worker, process in zip(workers, processes, strict=True)}
+    refuse_unreachable(strangers(one_of, timeout_s))
+
+
+def strangers(one_of: Mapping[str, Worker], timeout_s: float) -> dict[str, dict[str, str]]:
+    """For each host, those that it does not reach, with the reasons; asked of a worker on each."""
     if len(one_of) == 1:
-        return
+        return {}
 
     def ask(method: str, *arguments: Any) -> dict[str, Any]:
         calls = [Call(worker, getattr(worker.actor, method).remote(*arguments)) for worker in one_of.values()]
         return dict(zip(one_of, gather(calls, timeout_s, "looking whether hosts reach each other"), strict=True))
 
-    refuse_unreachable(ask("unreachable", ask("listen")))
+    return ask("unreachable", ask("listen"))
 
 
 def _print_into(log: str) -> None:
@@ -389,7 +402,7 @@ def gather(calls: Sequence[Call], timeout_s: float | None, what: str) -> list[An
     """
     call_of = {call.ref: call for call in calls}
     answers: dict[ray.ObjectRef, Any] = {}
-    failures: list[UserError] = []
+    failures: list[tuple[Worker, RayError]] = []
     start = said = time.monotonic()
     deadline = start + (float("inf") if timeout_s is None else timeout_s)
     pending = list(call_of)
@@ -399,7 +412,7 @@ def gather(calls: Sequence[Call], timeout_s: float | None, what: str) -> list[An
             try:
                 answers[ref] = ray.get(ref)
             except RayError as error:
-                failures.append(_sentence(call_of[ref].worker, error, what))
+                failures.append((call_of[ref].worker, error))
                 if len(failures) == 1:
                     deadline = time.monotonic() + ROOT_CAUSE_S
         now = time.monotonic()
@@ -409,15 +422,19 @@ def gather(calls: Sequence[Call], timeout_s: float | None, what: str) -> list[An
             )
             said = now
     if failures:
-        raise min(failures, key=_rank_of_cause) from None
+        cause = min(range(len(failures)), key=lambda n: _rank_of_cause(failures[n][1]))
+        _bring_home(*failures[cause])
+        raise [_sentence(worker, error, what) for worker, error in failures][cause] from None
     if pending:
         silent = [call_of[ref].worker for ref in pending]
         raise WorkerSilent(f"{_names(silent)} gave no answer within {timeout_s:g} s while {what}", silent)
     return [answers[call.ref] for call in calls]
 
 
-def _rank_of_cause(failure: UserError) -> int:
-    return 0 if isinstance(failure, WorkerLost) else 2 if isinstance(failure, WorkerFailed) else 1
+def _rank_of_cause(error: RayError) -> int:
+    if isinstance(error, LOSSES):
+        return 0
+    return 1 if isinstance(error, RayTaskError) and isinstance(error.cause, UserError) else 2
 
 
 def _names(workers: Iterator[Worker] | Sequence[Worker]) -> str:
@@ -432,17 +449,82 @@ def _sentence(worker: Worker, error: RayError, what: str) -> UserError:
         with open(worker.log, "a") as log:
             log.write(f"\nwhile {what}:\n{uncoloured(error)}\n")
         last = "".join(traceback.format_exception_only(error.cause)).strip()
-        return WorkerFailed(f"{worker} failed while {what}: {last} (traceback: {worker.log})", [worker])
-    if isinstance(error, (RayActorError, OutOfMemoryError, ActorUnavailableError)):
-        return WorkerLost(f"lost {worker} while {what}: {_cause_of_death(worker, error)}", [worker])
-    return WorkerFailed(f"{worker} failed while {what}: {last_line(error)}", [worker])
+        return WorkerFailed(f"{_who(worker, error)} failed while {what}: {last} (traceback: {worker.log})", [worker])
+    if isinstance(error, LOSSES):
+        return WorkerLost(f"lost {_who(worker, error)} while {what}: {_cause_of_death(worker, error)}", [worker])
+    return WorkerFailed(f"{_who(worker, error)} failed while {what}: {last_line(error)}", [worker])
+
+
+def _who(worker: Worker, error: RayError) -> str:
+    """With its host, where that is another than the driver's."""
+    host = _process_of(worker, error).host
+    return f"{worker} on host {host}" if host and host != ray.util.get_node_ip_address() else str(worker)
+
+
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """What Ray knows of a worker's, also when it has ended."""
+
+    pid: int = 0
+    host: str = ""
+    node: str = ""
+
+
+def _process_of(worker: Worker, error: RayError) -> _Process:
+    if HEAD_LOST.search(str(error)):  # nobody is left to ask, and Ray would try for a minute
+        return _Process()
+    try:
+        known = state.actor_table(worker.actor._actor_id.hex())
+    except (RayError, RuntimeError):
+        known = {}
+    return _Process(known["Pid"], known["Address"]["IPAddress"], known["Address"]["NodeID"]) if known else _Process()
+
+
+def _bring_home(worker: Worker, error: RayError) -> None:
+    """Put what a worker's process has printed elsewhere into its log: before the log was its own, or on a host that
+    does not see the run's folder."""
+    there = _process_of(worker, error)
+    if not there.pid or isinstance(getattr(error, "cause", None), UserError) or _log_size(worker) > worker.log_start:
+        return
+    try:
+        if there.node == ray.get_runtime_context().get_node_id():
+            words = _last_words(there.pid)
+        else:
+            ask = ray.remote(_last_words).options(
+                num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(there.node, soft=False)
+            )
+            words = ray.get(ask.remote(there.pid), timeout=LAST_WORDS_S)
+    except RayError as reason:  # the host is lost, too
+        logger.debug("%s: what it printed on host %s is not to be had: %s", worker, there.host, last_line(reason))
+        return
+    if words:
+        with open(worker.log, "a") as log:
+            log.write(f"what process {there.pid} printed on host {there.host}, at most its end:\n{words}")
+
+
+def _last_words(pid: int) -> str:
+    """The end of what a process of Ray's on this host has printed, by Ray's own logs."""
+    found = []
+    for file in sorted(Path(ray_driver._global_node.get_logs_dir_path()).glob(f"worker-*-{pid}.*")):
+        with open(file, "rb") as printed:
+            printed.seek(max(0, os.path.getsize(file) - LAST_WORDS_BYTES))
+            lines = printed.read().decode(errors="replace").splitlines(keepends=True)
+        found += [line for line in lines if not re.match(r":(job_id|actor_name|task_name):", line)]
+    return "".join(found) if any(line.strip() for line in found) else ""
+
+
+def _log_size(worker: Worker) -> int:
+    return worker.log.stat().st_size if worker.log.exists() else 0
 
 
 def _cause_of_death(worker: Worker, error: RayError) -> str:
     text = str(error)
+    if isinstance(error, RayActorError) and error.actor_init_failed:  # what it is made of could not be imported there
+        with open(worker.log, "a") as log:
+            log.write(f"\n{uncoloured(error)}\n")
     if node := re.search(r"node has died\. Node Id: (\w+)", text):
         return f"host {_host_of(node[1])} was lost"
-    if re.search(r"\bGCS\b|StatusCode\.|RPC [Ee]rror|rpc_code", text):
+    if HEAD_LOST.search(text):
         return "the host that runs Ray's head was lost"
     if code := re.search(r"exit code (-?\d+)", text):
         return f"its process ended with exit code {code[1]} (its log: {worker.log})"
@@ -454,7 +536,7 @@ def _cause_of_death(worker: Worker, error: RayError) -> str:
         if _kernel_ooms() > worker.kernel_ooms:
             return "its process was killed, and the kernel has killed for want of memory meanwhile"
         return f"its process was killed from outside or ended without a word (its log: {worker.log})"
-    return last_line(error)
+    return f"{last_line(error)} (its log: {worker.log})"
 
 
 def _host_of(node: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import shutil
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from distca.config import RunSettings
 from distca.errors import DataError, SettingsError, TryAgain, UserError
+from distca.launch.folder.paths import obstacle
 from distca.launch.folder.publish import steps_published
 from distca.launch.folder.runs import (
     KERNEL_TIMES,
@@ -59,11 +59,10 @@ def go_on(folder: Path) -> str:
     return f"distca resume {shlex.quote(str(folder))}"
 
 
-def refuse_folder(folder: Path, name: str = "monitor.folder") -> None:
-    """Raise where no folder can be made, before the work that it would be for; `name` is the setting."""
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise SettingsError(f"{name}: cannot make {folder}: {there} is no folder that can be written to")
+def refuse_folder(folder: Path) -> None:
+    """Raise where no run's folder can be made, before the work that it would be for."""
+    if there := obstacle(folder):
+        raise SettingsError(f"monitor.folder: cannot make {folder}: {there} is no folder that can be written to")
 
 
 def _make_folder(settings: RunSettings, prefix: str) -> Path:

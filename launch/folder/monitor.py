@@ -46,6 +46,7 @@ KIND_COLOURS: dict[Kind, str] = {
 }
 MOST_BARS = 64  # more servers are drawn as outlines: bars would be thinner than a pixel, and slow
 MOST_ROWS = 9  # workers in a timeline
+MOST_HOSTS = 6  # names of hosts beside each other
 
 
 LAYOUT = {
@@ -121,14 +122,16 @@ class Monitor:
         capacity: Sequence[float] | None = None,
         capacity_packed: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
+        hosts: Sequence[str] | None = None,
     ) -> None:
         """Seconds per worker: predicted with documents packed in their order and no task moved, predicted as planned,
-        and busy by the servers' clocks.
+        and busy by the servers' clocks. `hosts` are the workers', where there are several.
 
         Capacity 0 is for workers that take no part: dedicated servers before planning, trainers that do not serve."""
         if self.wants_pictures(step):
-            capacities = dict(capacity=capacity, capacity_packed=capacity_packed)
-            self._show("cad/server_load", picture_of_load(packed, planned, measured, **capacities, names=names), step)
+            shares = dict(capacity=capacity, capacity_packed=capacity_packed)
+            picture = picture_of_load(packed, planned, measured, **shares, names=names, hosts=hosts)
+            self._show("cad/server_load", picture, step)
 
     def timeline(self, recorded: StepTrace) -> None:
         """What every worker did in a step: a picture, and a table of seconds."""
@@ -222,6 +225,7 @@ def picture_of_load(
     capacity: Sequence[float] | None = None,
     capacity_packed: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
+    hosts: Sequence[str] | None = None,
 ) -> np.ndarray:
     """Load per worker as a multiple of its fair share, so that the highest bar is the imbalance: (height, width, 3)."""
     load = {"packed": packed, "planned": planned, **({} if measured is None else {"measured": measured})}
@@ -232,12 +236,13 @@ def picture_of_load(
     draw = _outlines if len(x) > MOST_BARS else _bars
     draw(axes, relative)
     axes.axhline(1, color="#333333", lw=0.8, ls=(0, (4, 3)), zorder=0)
-    if len(x) <= 4:
-        axes.set_xticks(x, x if names is None else names)
-    elif len(x) <= 6:
-        axes.set_xticks(x, x if names is None else [name.replace(" ", "\n") for name in names])
+    if len(x) <= 6:
+        labels = list(map(str, x)) if names is None else names if len(x) <= 4 else [n.replace(" ", "\n") for n in names]
+        axes.set_xticks(x, labels if hosts is None else [f"{n}\n{h}" for n, h in zip(labels, hosts, strict=True)])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        if hosts is not None:
+            _name_hosts(axes, hosts)
         axes.set_xlabel("server" if names is None else f"{names[0]} to {names[-1]}")
     axes.set_xlim(-0.6, len(x) - 0.4)
     axes.set_ylim(0, 1.08 * max(1.0, *(values.max() for values in relative.values())))
@@ -245,6 +250,17 @@ def picture_of_load(
     highest = [(f"{name} {heights.max():.2f}×", LOADS[name]) for name, heights in relative.items()]
     _head(figure, "Attention load over fair share, highest", highest)
     return _pixels(figure)
+
+
+def _name_hosts(axes: Axes, hosts: Sequence[str]) -> None:
+    """Bars have their host below them, each once for a row of neighbours; of very many hosts some have their names."""
+    firsts = [n for n, host in enumerate(hosts) if n == 0 or host != hosts[n - 1]]
+    for first in firsts[1:]:
+        axes.axvline(first - 0.5, color="#333333", lw=0.5, ls=(0, (1, 3)), zorder=0)
+    ends = [*firsts[1:], len(hosts)]
+    middles = [(first + end - 1) / 2 for first, end in zip(firsts, ends, strict=True)]
+    every = math.ceil(len(firsts) / MOST_HOSTS)
+    axes.set_xticks(middles[::every], [hosts[first] for first in firsts[::every]])
 
 
 def picture_of_timeline(rows: Mapping[str, Sequence[tuple[Kind, float, float]]], seconds: float) -> np.ndarray:

@@ -27,6 +27,17 @@ def absolute_paths(settings: RunSettings) -> RunSettings:
     return validate_settings(values)
 
 
+def obstacle(folder: Path) -> Path | None:
+    """The place on the way to a folder that keeps it from being made or written to, if there is one."""
+    there = nearest(folder)
+    return None if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else there
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the nearest place on the way to it that is there."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+
+
 def _absolute(name: str | Path | None, local: bool = False) -> str | None:
     if name is None:
         return None

@@ -17,7 +17,7 @@ from distca.config import RunSettings
 from distca.errors import DataError, SettingsError, UserError
 from distca.launch.cluster.hosts import Common
 from distca.launch.cluster.session import Cluster
-from distca.launch.cluster.workers import gather, nodes_of_cluster, scout
+from distca.launch.cluster.workers import gather, nodes_by_host, scout
 from distca.launch.data.batches import META, STARTS, TARGETS, read_meta
 from distca.launch.data.identity import content_there, digests_of, stamps_of
 from distca.launch.data.prepare import prepare
@@ -64,8 +64,7 @@ def documents_by_host(
         return found
     m = settings.model
     recipe = Recipe(run_file, folder, read_config(m.path, m.config, m.revision).vocab_size)
-    nodes = {node.host: node for node in nodes_of_cluster()}
-    wanted = tuple(map(wanted_of, documents))
+    nodes, wanted = nodes_by_host(), tuple(map(wanted_of, documents))
     readers = [
         scout(Reader, host, recipe, wanted, cluster=cluster, node=nodes[host], number=number, common=common)
         for number, host in enumerate(others)

@@ -39,10 +39,11 @@ class Recorder:
         steps: tuple[int, int] | None,
         trainers: list[Worker],
         servers: list[Worker],
-        names: Mapping[Worker, str] = MappingProxyType({}),
+        names: Mapping[str, str] | None = None,
     ):
         """`steps`: first and last of the run's trace. `servers` in the pool's order; trainers may be among them.
-        `names` are what people see, if not the workers' own."""
+        `names`: what people know workers by."""
+        self._names = names or {}
         self._folder, self._traced = folder / FOLDER, steps or (0, -1)
         self._workers = trainers + [server for server in servers if server not in trainers]
         self._ranks = {str(worker): rank for rank, worker in enumerate(trainers)}
@@ -99,7 +100,7 @@ class Recorder:
         for worker, spans, (shift, error_s) in zip(self._workers, found, self._clocks, strict=True):
             moved = [replace(s, start=s.start + shift, end=s.end + shift) for s in spans] if shift else spans
             where = self._ranks.get(str(worker)), self._numbers.get(str(worker))
-            recordings.append(Recording(self._names.get(worker, str(worker)), moved, error_s, *where))
+            recordings.append(Recording(self._names.get(str(worker), str(worker)), moved, error_s, *where))
         return [*recordings, Recording("driver", own)]
 
     def _compare_clocks(self) -> list[tuple[float, float]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from distca.launch.cluster.session import start_ray, wait_for_hosts
 from distca.launch.cluster.store import rendezvous_store
 from distca.launch.cluster.workers import Worker, WorkerProcess, gather, place, refuse_strangers, spawn
 from distca.launch.process.forkserver import RayOptions
-from distca.launch.run.plan_inputs import knowing_nodes, uneven_nodes
+from distca.launch.run.plan_inputs import knowing_nodes
 from distca.launch.run.readers import documents_by_host
 from distca.launch.run.server import DedicatedServer, Meeting
 from distca.launch.run.trainer import Trainer
@@ -36,13 +37,18 @@ class Team:
     """Of the trainers, then of the servers."""
 
     @property
-    def names(self) -> dict[Worker, str]:
-        """For people: with its host where there are several."""
-        hosts = [process.host for process in self.processes]
-        workers = self.trainers + self.servers
-        if len(set(hosts)) == 1:
-            return {worker: str(worker) for worker in workers}
-        return {worker: f"{worker} at {host}" for worker, host in zip(workers, hosts, strict=True)}
+    def hosts(self) -> list[str] | None:
+        """Of every worker, trainers first, in few letters; None where there is one host."""
+        addresses = [process.host for process in self.processes]
+        return shortened(addresses) if len(set(addresses)) > 1 else None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What people know each worker by: with its host, where there are several."""
+        workers = list(map(str, self.trainers + self.servers))
+        if not self.hosts:
+            return {worker: worker for worker in workers}
+        return {worker: f"{worker} on {host}" for worker, host in zip(workers, self.hosts, strict=True)}
 
 
 @contextmanager
@@ -102,6 +108,13 @@ def team_of(
             refuse_strangers(trainers + servers, processes, timeout_s)
             ask(trainers + servers, "connect", what="meeting the others", timeout_s=timeout_s)
         yield Team(trainers, servers, processes)
+
+
+def shortened(addresses: Sequence[str]) -> list[str]:
+    """Without the parts, from the left, that all have in common."""
+    parts = [address.split(".") for address in addresses]
+    common_parts = len(os.path.commonprefix(parts))
+    return ["…" * bool(common_parts) + ".".join(part[common_parts:]) for part in parts]
 
 
 def _read(settings: RunSettings) -> list[Path]:

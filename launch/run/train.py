@@ -326,7 +326,8 @@ class _Reporter:
             busy_s,
             capacity=capacity,
             capacity_packed=np.append(np.ones(len(self._team.trainers)), np.zeros(len(self._team.servers))),
-            names=[self._team.names[worker] for worker in workers],
+            names=[str(worker) for worker in workers],
+            hosts=self._team.hosts,
         )
 
 

@@ -152,23 +152,6 @@ def test_a_host_with_another_version_is_named(hosts, tmp_path):
     assert f"host {hosts[5].address} has numpy 0.1, the driver's host has" in said
 
 
-# ---- distca doctor ----
-
-
-def test_the_doctor_asks_every_host_and_names_the_one_that_is_not_well(hosts, environment, tmp_path):
-    (tmp_path / "runs").mkdir()
-    run = write_run_file(tmp_path, "hosts", train=dict(steps=3))
-    done = hosts[0].run([*DISTCA, "doctor", str(run)], env=environment, cwd=tmp_path)
-    said = ", ".join(host.address for host in hosts[:3])
-    assert done.returncode == 0 and f"{said}: one code and one set of libraries; all reach each other" in done.stdout
-    small = "mount -t tmpfs -o size=64m none /dev/shm"
-    with ray_head(hosts[3], tmp_path, 1) as other, ray_node(hosts[4], other, tmp_path, 1, small):
-        done = hosts[3].run([*DISTCA, "doctor"], env=other, cwd=tmp_path)
-    assert done.returncode == EXIT_OTHER and "set of libraries" in done.stdout, done.stdout
-    assert f"failed  shared memory  on host {hosts[4].address}, /dev/shm has 67.1 MB" in done.stdout
-    assert f"on host {hosts[3].address}" not in done.stdout
-
-
 # ---- hosts that keep documents for themselves ----
 
 
@@ -181,6 +164,7 @@ def own_caches(hosts, tmp_path_factory):
         (folder / name).mkdir()
         (folder / f"{name}-there").mkdir()
     before = " && ".join(f"mount --bind {folder}/{name}-there {folder}/{name}" for name in ("cache", "text"))
+    before += f" && export PYTHONPATH={folder}/text:$PYTHONPATH"
     with ray_head(hosts[3], folder, 2) as environment, ray_node(hosts[4], environment, folder, 2, before):
         yield environment, folder
 
@@ -237,6 +221,92 @@ def test_a_host_that_cannot_read_the_runs_documents_is_named(hosts, own_caches, 
     assert done.returncode == code and "step 1" not in done.stdout, done.stdout
     pattern = said.format(cache=own / "cache", text=own / "text")
     assert re.search(f"host {hosts[4].address}:? {pattern}", " ".join(done.stdout.split())), done.stdout
+
+
+SEND_A_SCOUT = """
+import sys
+from lonely import Lonely
+from distca.launch.cluster.session import start_ray
+from distca.launch.cluster.workers import WorkerFailed, gather, nodes_by_host, scout
+
+with start_ray(sys.argv[1], num_workers=1) as cluster:
+    own, other = nodes_by_host().values()
+    worker = scout(Lonely, cluster=cluster, node=other, number=0)
+    try:
+        gather([worker.made], 60, "starting")
+    except WorkerFailed as error:
+        print(error)
+    print("its log:", worker.log.read_text())
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "said", "in_log"),
+    [
+        ("print('farewell', flush=True); import os; os._exit(4)", "its process ended|ended without a word", "farewell"),
+        ("import only_elsewhere", "No module named 'only_elsewhere'", "import only_elsewhere"),
+        ("import ctypes; ctypes.string_at(0)", "its process crashed: SIGSEGV", "Fatal Python error"),
+        ("class Lonely:\n  def __init__(self): print('farewell'); 1 / 0", "ZeroDivisionError", "farewell"),
+    ],
+    ids=["ends at import", "raises at import", "crashes at import", "raises"],
+)
+def test_what_a_worker_on_another_host_said_last_comes_home(hosts, own_caches, tmp_path, module, said, in_log):
+    """Where it does not see the run's folder, or failed before it had a log there."""
+    environment, own = own_caches
+    (own / "text" / "lonely.py").write_text("class Lonely: pass")
+    (own / "text-there" / "lonely.py").write_text(module)
+    environment = environment | {"PYTHONPATH": f"{own}/text:{os.environ.get('PYTHONPATH', '')}"}
+    done = hosts[3].run([sys.executable, "-c", SEND_A_SCOUT, str(own / "cache" / "run")], env=environment, cwd=tmp_path)
+    assert re.search(f"scout 0 on host {hosts[4].address} .*{said}.*{own}/cache/run/logs/scout-0.txt", done.stdout), (
+        done.stdout
+    )
+    assert in_log in done.stdout.partition("\nits log:")[2], done.stdout
+
+
+# ---- the doctor's visits ----
+
+
+def diagnosis(host: Host, environment, tmp_path, *command: str) -> tuple[str, int]:
+    done = host.run([*DISTCA, "doctor", *command], env=environment, cwd=tmp_path)
+    return " ".join(done.stdout.split()), done.returncode
+
+
+def test_hosts_that_are_well_take_the_doctor_three_lines(hosts, environment, tmp_path):
+    run = write_run_file(tmp_path, "hosts", train=dict(steps=3))
+    said, code = diagnosis(hosts[0], environment, tmp_path, str(run))
+    names = ", ".join(host.address for host in hosts[:3])
+    assert f"ok hosts 3 hosts: the same versions, each reaches every other, {names} ok clocks 3 hosts:" in said, said
+    assert "other hosts 2 hosts: fit in limits, shared memory, clock," in said, said
+    assert code == 0 and not list(tmp_path.glob("**/.seen-*")), said
+
+
+def test_the_doctor_names_the_hosts_that_are_not_well(hosts, tmp_path):
+    """One that another does not reach, with another library, a clock of its own and not the run's folder."""
+    (tmp_path / "runs").mkdir()
+    other = tmp_path / "other"
+    (other / "numpy-0.1.dist-info").mkdir(parents=True)
+    (other / "numpy-0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
+    (other / "sitecustomize.py").write_text("import time\nreal = time.time\ntime.time = lambda: real() + 30\n")
+    rules = ["add pref 10 lookup local", "del pref 0"]
+    rules += [f"add pref 5 from {hosts[4].address} ipproto tcp dport 10000-65000 prohibit"]
+    before = [f"ip rule {rule}" for rule in rules]
+    before += [f"mount -t tmpfs none {tmp_path}/runs", f"export PYTHONPATH={other}:$PYTHONPATH"]
+    run = write_run_file(tmp_path, "hosts", train=dict(steps=3))
+    with (
+        ray_head(hosts[3], tmp_path, 1) as environment,
+        ray_node(hosts[4], environment, tmp_path, 1),
+        ray_node(hosts[5], environment, tmp_path, 1, " && ".join(before)),
+    ):
+        said, code = diagnosis(hosts[3], environment, tmp_path, str(run))
+    sick = hosts[5].address
+    for part in (
+        f"failed versions host {sick} has numpy 0.1",
+        f"failed folders host {sick} does not see what the driver writes into {tmp_path}/runs",
+        f"failed network host {hosts[4].address} does not reach host {sick}",
+        f"warning clocks host {sick} is 30.0 s ahead of",
+    ):
+        assert part in said, said
+    assert code == 1 and f"versions host {hosts[4].address}" not in said, said
 
 
 # ---- a batch job ----

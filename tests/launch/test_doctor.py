@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -13,7 +14,18 @@ from distca.config import load_settings
 from distca.errors import EXIT_OK, EXIT_OTHER
 from distca.launch import cli
 from distca.launch.cluster import doctor
-from distca.launch.cluster.doctor import clock, libraries, network, places, processors, shared_memory
+from distca.launch.cluster.doctor import (
+    Finding,
+    clock,
+    clocks,
+    disk,
+    libraries,
+    network,
+    places,
+    processors,
+    shared_memory,
+    summed_up,
+)
 
 NOW = 1.8e9
 
@@ -103,6 +115,33 @@ def test_a_cluster_that_does_not_answer_is_said(monkeypatch, capsys):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert cli.run(["doctor"]) == EXIT_OTHER
     assert "failed Ray no answer from the Ray cluster at" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("free", "level"), [(1 << 20, "failed"), (5 << 30, "warning"), (50 << 30, "ok")])
+def test_little_room_is_said_with_what_it_is_for(tmp_path, free, level):
+    finding = disk("disk", tmp_path, free, "logs are there")
+    assert finding.level == level and ("logs are there" in finding.advice) == (level != "ok")
+
+
+def test_hosts_that_are_well_are_one_line_and_others_are_named_together():
+    small, well = Finding("failed", "shared memory", "64 MB", "more"), Finding("ok", "limits", "suffice")
+    told = {f"10.0.0.{n}": [well, Finding("ok", "shared memory", f"{n} GB")] for n in range(1, 30)}
+    assert list(summed_up(told)) == [Finding("ok", "other hosts", "29 hosts: fit in limits, shared memory")]
+    told |= {"10.0.0.8": [well, small], "10.0.0.9": [well, small], "10.0.0.10": [replace(well, level="warning")]}
+    assert list(summed_up(told)) == [
+        replace(small, found="hosts 10.0.0.8, 10.0.0.9: 64 MB"),
+        Finding("warning", "limits", "host 10.0.0.10: suffice"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("behind", "error", "said"),
+    [(0.4, 0.01, ""), (3.0, 0.01, "behind"), (-3.0, 0.01, "ahead of"), (3.0, 2.5, "")],
+)
+def test_a_hosts_clock_is_far_where_that_is_certain(behind, error, said):
+    [finding] = clocks({"10.0.0.1": (0.0, 0.0), "10.0.0.2": (behind, error)})
+    assert (finding.level == "warning") == bool(said)
+    assert finding.found == (f"host 10.0.0.2 is 3.0 s {said} the driver's" if said else finding.found)
 
 
 def can_unshare() -> bool:

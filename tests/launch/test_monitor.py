@@ -134,6 +134,29 @@ def test_a_step_that_was_saved_but_not_recorded_is_put_back(tmp_path):
     assert steps_and_losses(tmp_path)[2:] == [(3, 9.0), (4, 5.0)]
 
 
+def test_after_a_resume_every_step_is_there_once_and_in_one_run(tmp_path):
+    """Its driver was killed after step 5, whose checkpoint is of step 3; meanwhile somebody looks at it."""
+    first = Monitor(tmp_path, MonitorSettings(images_every=1))
+    for step in range(1, 6):
+        first.step(record(step, loss=1.0))
+        first.documents(step, [3, 700])
+    first._writer.flush()
+    assert [e.step for e in events(tmp_path).Scalars("train/loss")] == [1, 2, 3, 4, 5], "while it is live"
+    second = Monitor(tmp_path, MonitorSettings(images_every=1), first_step=4)
+    second.start("a: 1", dict(hosts="10.0.0.1: trainer 0; 10.0.0.2: server 0"))
+    for step in (4, 5, 6, 7):
+        second.step(record(step, loss=2.0))
+        second.documents(step, [3, 700])
+    second.close()
+    seen = events(tmp_path)
+    losses = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0), (7, 2.0)]
+    assert [(e.step, e.value) for e in seen.Scalars("train/loss")] == losses
+    assert [image.step for image in seen.Images("data/document_lengths")] == list(range(1, 8))
+    assert b"10.0.0.2: server 0" in seen.Tensors("run/versions/text_summary")[-1].tensor_proto.string_val[0]
+    folders = {path.parent for path in tmp_path.rglob("*tfevents*")}
+    assert folders == {tmp_path / "tensorboard"} and len(list(tmp_path.rglob("*tfevents*"))) == 2
+
+
 def test_without_tensorboard_there_are_no_event_files_and_no_import_of_it(tmp_path):
     code = f"""
 import sys
@@ -167,6 +190,9 @@ def test_any_number_of_servers_can_be_drawn(num_servers):
     picture = picture_of_load(packed, planned, measured, capacity=1 + random.random(num_servers), names=names)
     assert picture.shape == CARD and picture.std() > 0
     assert picture_of_load(np.zeros(num_servers), np.zeros(num_servers)).std() > 0
+    hosts = [f"…12.{n // 3}" for n in range(num_servers)]
+    on_hosts = picture_of_load(packed, planned, names=names, hosts=hosts)
+    assert on_hosts.shape == CARD and (on_hosts != picture_of_load(packed, planned, names=names)).any()
 
 
 @pytest.mark.parametrize("num_workers", [1, 4, 300])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import time
 
 import pytest
@@ -59,6 +60,18 @@ def test_steps_that_take_long_are_not_taken_for_a_death(tmp_path):
     os.utime(folder / "metrics.jsonl", (then, then))
     with status.taking_part(folder, {}):
         assert status.status(folder).state == "running: step 1 of 40, 5 min ago"
+
+
+def test_workers_of_other_hosts_are_not_looked_for_among_our_processes(tmp_path):
+    """Numbers of processes say nothing on another host, where this one may be anything or nothing."""
+    folder = make_run(tmp_path / "run", 7)
+    (gone := subprocess.Popen(["true"])).wait()
+    workers = {"trainer 0": ("10.0.0.2", gone.pid), "server 0": ("10.0.0.3", os.getpid())}
+    with status.taking_part(folder, workers):
+        found = status.status(folder)
+    assert found.state.startswith("running")
+    lines = [text for word, text in status.lines_of(found) if word == "worker"]
+    assert lines[1:] == [f"{name:10} {host}, process {pid}" for name, (host, pid) in workers.items()]
 
 
 def test_nobody_takes_part_any_more_whichever_way_a_driver_ends(tmp_path):

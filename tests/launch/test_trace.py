@@ -217,7 +217,8 @@ def run_steps(recorder, workers, steps, wanted=()):
 
 def test_steps_are_recorded_where_somebody_looks_and_the_runs_trace_is_written(tmp_path):
     trainers = [FarWorker("trainer 0"), FarWorker("trainer 1", ahead=1000.0)]
-    recorder = LocalRecorder(tmp_path, (4, 6), trainers, trainers)
+    names = {"trainer 0": "trainer 0 on …1", "trainer 1": "trainer 1 on …2"}
+    recorder = LocalRecorder(tmp_path, (4, 6), trainers, trainers, names)
     found = run_steps(recorder, trainers, range(1, 9), wanted=[2])
     assert [step for step, recorded in found.items() if recorded] == [2, 4, 5, 6]
     for step in (2, 4, 5, 6):
@@ -233,7 +234,7 @@ def test_steps_are_recorded_where_somebody_looks_and_the_runs_trace_is_written(t
     check_trace(trace)
     assert sorted({e["name"] for e in trace["traceEvents"] if e["ph"] == "X"}) == ["step 4", "step 5", "step 6"]
     names = [e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"]
-    assert [name.partition(" ±")[0] for name in names] == ["trainer 0", "trainer 1 (clock", "driver"]
+    assert [name.partition(" ±")[0] for name in names] == ["trainer 0 on …1", "trainer 1 on …2 (clock", "driver"]
 
 
 def test_a_run_that_ends_early_leaves_what_there_is_of_its_trace(tmp_path):

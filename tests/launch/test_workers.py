@@ -176,6 +176,7 @@ def test_the_folder_of_a_dead_driver_is_removed_and_that_of_a_living_one_stays(t
 def test_a_lost_host_is_named_instead_of_rays_paragraphs(monkeypatch):
     node = "ab" * 28
     monkeypatch.setattr(workers_module.ray, "nodes", lambda: [{"NodeID": node, "NodeManagerAddress": "10.1.2.3"}])
+    monkeypatch.setattr(workers_module, "_process_of", lambda worker, error: workers_module._Process())
     worker = workers_module.Worker("trainer", 1, None, None, 0, 0)
     said = {
         f"The actor died because its node has died. Node Id: {node}\n\tterminated unexpectedly: x": "host 10.1.2.3",
