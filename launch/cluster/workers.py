@@ -79,7 +79,7 @@ class WorkerSilent(WorkerFailed):
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class _Node:
     """One of Ray's, with its CPUs and GPUs."""
 
     name: str
@@ -96,12 +96,7 @@ class Reserved:
     group: PlacementGroup
     num_cpus: float  # of each bundle
     num_gpus: int  # of each bundle
-    nodes: tuple[Node, ...]  # of each bundle
-
-    @property
-    def hosts(self) -> list[str]:
-        """Address of each bundle's."""
-        return [node.host for node in self.nodes]
+    hosts: tuple[str, ...]  # address of each bundle's
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +162,7 @@ def place(
     start = said = time.monotonic()
     wanted = (trainers, servers, "beside" if cluster.own else placement)
     while True:
-        nodes = nodes_of_cluster()
+        nodes = _nodes()
         decided = _decided([node.has for node in nodes], wanted, gpus, threads)
         if cluster.own and decided is None:
             raise SettingsError(_missing(wanted, gpus, nodes, "this machine"))
@@ -185,7 +180,7 @@ def place(
         time.sleep(ASK_AGAIN_S)
 
 
-def nodes_of_cluster() -> list[Node]:
+def _nodes() -> list[_Node]:
     """Those that are there, the driver's own first."""
     free = available_resources_per_node()
     own = ray.get_runtime_context().get_node_id()
@@ -195,7 +190,7 @@ def nodes_of_cluster() -> list[Node]:
             name, has = node["NodeID"], node["Resources"]
             held = free.get(name, {})
             counts = [{kind: float(of.get(kind, 0)) for kind in ("CPU", "GPU")} for of in (has, held)]
-            found.append(Node(name, node["NodeManagerAddress"], *counts))
+            found.append(_Node(name, node["NodeManagerAddress"], *counts))
     return sorted(found, key=lambda node: (node.name != own, ipaddress.ip_address(node.host)))
 
 
@@ -212,7 +207,7 @@ def _decided(
 
 
 def _free_now(
-    nodes: Sequence[Node], num_cpus: float, wanted: tuple[int, int, Placement], gpus: bool, threads: int
+    nodes: Sequence[_Node], num_cpus: float, wanted: tuple[int, int, Placement], gpus: bool, threads: int
 ) -> tuple[float, list[int]] | None:
     """CPUs of each worker and its place, beside what others hold; a GPU worker makes do with the CPUs that are left."""
     free = [node.free for node in nodes]
@@ -223,7 +218,7 @@ def _free_now(
 
 
 def _reserve(
-    cluster: Cluster, nodes: Sequence[Node], num_cpus: float, places: Sequence[int], gpus: bool, timeout_s: float
+    cluster: Cluster, nodes: Sequence[_Node], num_cpus: float, places: Sequence[int], gpus: bool, timeout_s: float
 ) -> Reserved | None:
     """All places at once, or none where somebody else was faster."""
     bundle, at = {"CPU": num_cpus, "GPU": float(gpus)}, [nodes[place] for place in places]
@@ -236,16 +231,16 @@ def _reserve(
     finally:
         if group and not ready:
             ray.util.remove_placement_group(group)
-    return Reserved(cluster, group, num_cpus, int(gpus), tuple(at)) if ready else None
+    return Reserved(cluster, group, num_cpus, int(gpus), tuple(node.host for node in at)) if ready else None
 
 
-def _awaited(nodes: Sequence[Node], num_cpus: float, num_workers: int, gpus: bool) -> str:
+def _awaited(nodes: Sequence[_Node], num_cpus: float, num_workers: int, gpus: bool) -> str:
     kind, need = ("GPU", num_workers) if gpus else ("CPU", round(num_cpus * num_workers, 2))
     free = round(sum(node.free[kind] for node in nodes), 2)
     return f"they need {_count(need, kind)}, free are {_count(free, kind)}"
 
 
-def _missing(wanted: tuple[int, int, Placement], gpus: bool, nodes: Sequence[Node], where: str = "the cluster") -> str:
+def _missing(wanted: tuple[int, int, Placement], gpus: bool, nodes: Sequence[_Node], where: str = "the cluster") -> str:
     """Why workers have no place, and what would help."""
     trainers, servers, placement = wanted
     workers, lower = trainers + servers, "lower parallel.trainers or parallel.servers"

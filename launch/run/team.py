@@ -19,7 +19,7 @@ from distca.launch.cluster.session import start_ray, wait_for_hosts
 from distca.launch.cluster.store import rendezvous_store
 from distca.launch.cluster.workers import Worker, WorkerProcess, gather, place, refuse_strangers, spawn
 from distca.launch.process.forkserver import RayOptions
-from distca.launch.run.plan_inputs import knowing_nodes
+from distca.launch.run.plan_inputs import knowing_nodes, uneven_nodes
 from distca.launch.run.readers import documents_by_host
 from distca.launch.run.server import DedicatedServer, Meeting
 from distca.launch.run.trainer import Trainer

@@ -16,7 +16,7 @@ import pytest
 from commands import DISTCA, losses_alone, losses_of, wait_until, write_run_file
 from hosts import Host, network, ray_cluster, ray_head, ray_node, without_ray
 
-from distca.errors import EXIT_OTHER, EXIT_SETTINGS, EXIT_TRY_AGAIN
+from distca.errors import EXIT_SETTINGS, EXIT_TRY_AGAIN
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
 
