@@ -31,7 +31,8 @@ from distca.launch.cluster.hosts import (
     Common,
     barriers,
     common,
-    differences,
+    other_versions,
+    out_of_reach,
     own_addresses,
     own_code,
     refuse_loopback,
@@ -226,8 +227,10 @@ def _cluster() -> Finding:
 class Visitor:
     """Looks around on one host."""
 
-    def differences(self, wanted: Common, host: str) -> list[str]:
-        return list(differences(wanted, host))
+    def compare(self, wanted: Common, host: str) -> list[Finding]:
+        """Where it is not like the driver's host."""
+        versions = [_failed("versions", sentence) for sentence in other_versions(wanted, host)]
+        return versions + [_failed("folders", sentence) for sentence in out_of_reach(wanted, host)]
 
     def look(self, settings: RunSettings | None) -> list[Finding]:
         """What it says of itself, by the checks of the driver's machine."""
@@ -269,26 +272,26 @@ def _visited(cluster: Cluster, settings: RunSettings | None, wanted: Common) -> 
         host: scout(Visitor, cluster=cluster, node=node, number=n) for n, (host, node) in enumerate(nodes.items())
     }
     told: dict[str, list[Finding]] = {}
-    unlike: list[str] = []
+    unlike: list[Finding] = []
     away_s: dict[str, tuple[float, float]] = {}
     for host, visitor in list(visitors.items()):
         try:
             gather([visitor.made], HOST_S, "coming up")
-            unlike += _ask(visitor, "differences", wanted, host)
+            unlike += _ask(visitor, "compare", wanted, host)
             told[host] = _ask(visitor, "look", settings)
             away_s[host] = clock_shift([_ping(visitor) for _ in range(PINGS)])
         except UserError as error:
             found.append(_failed("hosts", re.sub(r" \((its log|traceback): [^)]*\)$", "", str(error))))
             del visitors[host]
     told.pop(cluster.host, None)  # it has been asked as this machine
-    found += [_failed("versions" if " has " in sentence else "folders", sentence) for sentence in unlike]
+    found += unlike
     try:
         unreached = list(barriers(strangers(visitors, HOST_S))) if visitors else []
     except UserError as error:
         unreached = [str(error)]
     found += [_failed("network", sentence) for sentence in unreached]
     if len(visitors) == len(nodes):
-        same = [] if unlike else ["the same versions"]
+        same = [] if any(finding.what == "versions" for finding in unlike) else ["the same versions"]
         same += ["each reaches every other"] if not unreached and len(nodes) > 1 else []
         found.append(Finding("ok", "hosts", f"{_number(nodes)}: {', '.join([*same, *nodes])}"))
     return found + list(clocks(away_s)) + list(summed_up(told))

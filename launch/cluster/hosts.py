@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -54,18 +55,22 @@ def common(folders: Sequence[Path], files: Sequence[Path]) -> Iterator[Common]:
 
 def refuse_other_host(wanted: Common, host: str) -> None:
     """Raise SettingsError, with the name of this host, where it is not like the driver's."""
-    for sentence in differences(wanted, host):
+    for sentence in chain(other_versions(wanted, host), out_of_reach(wanted, host)):
         raise SettingsError(sentence)
 
 
-def differences(wanted: Common, host: str) -> Iterator[str]:
-    """In what this host is not like the driver's, in sentences with its name."""
+def other_versions(wanted: Common, host: str) -> Iterator[str]:
+    """What this host has in another version than the driver's, in sentences with its name."""
     here = versions()
     for name, there in wanted.versions.items():
         if here[name] != there:
             yield (
                 f"host {host} has {name} {here[name]}, the driver's host has {there}: all hosts of a run need the same"
             )
+
+
+def out_of_reach(wanted: Common, host: str) -> Iterator[str]:
+    """Folders that this host does not share with the driver's, and files that it cannot read, in such sentences."""
     for folder in wanted.folders:
         if not (folder / wanted.mark).exists():
             yield (
