@@ -104,8 +104,8 @@ class SourceSettings(Settings):
     """A file, a glob of files (`data/**/*.jsonl`), a folder, a name on the Hugging Face hub, or `python-stdlib`: the
     source files of this Python's own standard library."""
     format: Literal["auto", "json", "parquet", "arrow", "text", "hub"] = "auto"
-    """`auto` goes by the files' ending. `text`: each file is one document. `hub`: `path` is a data set's name on the
-    hub."""
+    """`auto` goes by the files' ending. `text`: each file is one document.
+    `hub`: `path` is a data set's name on the hub."""
     subset: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
@@ -194,15 +194,15 @@ class TrainSettings(Settings):
     tokens_per_step: PositiveInt
     """Tokens in one optimizer step, over all trainers."""
     tokens_per_rank: PositiveInt | None = None
-    """Tokens that a trainer holds at once (a micro-batch's share); sets memory. Default: follows from
-    `accumulation`."""
+    """Tokens that a trainer holds at once (a micro-batch's share);
+    sets memory. Default: follows from `accumulation`."""
     accumulation: PositiveInt | None = None
     """Micro-batches per optimizer step. Default: follows from `tokens_per_rank`; 1 if neither is given."""
     steps: PositiveInt
     """Optimizer steps of the whole run."""
     precision: Literal["fp32", "bf16", "fp64"] = "bf16"
-    """Of weights, activations and what goes over the wire; with bf16 DeepSpeed keeps fp32 master weights. fp64 is for
-    `verify`."""
+    """Of weights, activations and what goes over the wire;
+    with bf16 DeepSpeed keeps fp32 master weights. fp64 is for `verify`."""
     clip_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Largest norm of the whole gradient; 0 switches clipping off. A step whose gradient is not finite changes nothing
     and ends the run."""
@@ -221,8 +221,8 @@ class ParallelSettings(Settings):
     servers: int = Field(0, ge=0)
     """Dedicated attention servers: processes that only compute core attention."""
     trainers_serve: bool = True
-    """Trainers are attention servers too. With servers = 0: in place. With servers > 0: mixed; false makes the pool
-    dedicated."""
+    """Trainers are attention servers too. With servers = 0: in place.
+    With servers > 0: mixed; false makes the pool dedicated."""
     trainer_capacity: int = Field(100, ge=1, le=100)
     """Share (percent) of a dedicated server's attention work that a serving trainer takes in a mixed pool."""
     placement: Placement = "beside"
@@ -598,8 +598,8 @@ def _index(here: list, name: str, key: str) -> int:
 
 
 def _own_problems(problems: list[Any]) -> list[Any]:
-    """Without lists that pydantic calls too short because it has thrown out their faulty entries, which are named
-    anyway."""
+    """Without lists that pydantic calls too short because it has thrown out their faulty entries,
+    which are named anyway."""
     paths = [p["loc"] for p in problems]
     below = lambda at: any(len(path) > len(at) and path[: len(at)] == at for path in paths)  # noqa: E731
     return [p for p in problems if p["type"] != "too_short" or not below(p["loc"])]

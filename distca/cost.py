@@ -50,8 +50,8 @@ class RowBlockCost:
 
     block: int = 128
     overhead: int = 164
-    """Half a tile of 128 keys along the diagonal, and 100 keys for starting and ending a block (42 to 100 were
-    measured)."""
+    """Half a tile of 128 keys along the diagonal,
+    and 100 keys for starting and ending a block (42 to 100 were measured)."""
 
     def of(self, bands: Bands) -> np.ndarray:
         pairs, rows = bands.area(), np.maximum(bands.q1 - bands.q0, 1)

@@ -141,8 +141,8 @@ def costs_of(planner: PlannerSettings) -> tuple[Cost, ...]:
 
 
 def wires_of(planner: PlannerSettings, shape: AttentionShape) -> tuple[Wire, ...]:
-    """For each of `costs_of`, the price of a row of `shape`; none where the settings do not say how fast the wire
-    is."""
+    """For each of `costs_of`, the price of a row of `shape`;
+    none where the settings do not say how fast the wire is."""
     if planner.wire.gb_per_s is None:
         return ()
     if planner.wire.tflops is None:

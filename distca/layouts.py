@@ -40,8 +40,8 @@ def in_order(lengths: np.ndarray, ranks: int) -> Segments:
 
 
 def zigzag(lengths: np.ndarray, ranks: int, shortest: int) -> Segments:
-    """Documents of at least `shortest` rows in 2 * `ranks` chunks, each rank's first; shorter ones whole, as in
-    `whole_documents`."""
+    """Documents of at least `shortest` rows in 2 * `ranks` chunks,
+    each rank's first; shorter ones whole, as in `whole_documents`."""
     lengths = np.asarray(lengths, np.int64)
     is_cut = (lengths >= shortest) & (lengths >= 2 * ranks)
     long, short = np.flatnonzero(is_cut), np.flatnonzero(~is_cut)

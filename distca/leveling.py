@@ -58,8 +58,8 @@ def _keep_at_home(
 
 
 def _tile(bands: Bands, block: int, largest: int) -> tuple[np.ndarray, Bands]:
-    """Cut bands into row blocks, and row blocks of more than `largest` pairs across the keys, all at multiples of
-    `block`."""
+    """Cut bands into row blocks, and row blocks of more than `largest` pairs across the keys,
+    all at multiples of `block`."""
     index, first = spread((bands.q1 - 1) // block - bands.q0 // block + 1)
     start = (bands.q0 // block)[index] * block + first * block
     rows = cut(bands[index], start, start + block, bands.k0[index], bands.k1[index])
@@ -73,8 +73,8 @@ def _tile(bands: Bands, block: int, largest: int) -> tuple[np.ndarray, Bands]:
 
 
 def _fill_rooms(costs: np.ndarray, server: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Give every HOMELESS tile a server: each goes where its middle falls when rooms are laid end to end, largest
-    first."""
+    """Give every HOMELESS tile a server: each goes where its middle falls when rooms are laid end to end,
+    largest first."""
     free = np.flatnonzero(server == HOMELESS)
     order = np.argsort(-room, kind="stable")
     needed = int(costs[free].sum())
@@ -92,8 +92,8 @@ def _join(piece: np.ndarray, tiles: Bands, server: np.ndarray) -> tuple[np.ndarr
     piece, tiles, server = piece[order], tiles[order], server[order]
     first = np.flatnonzero(_changes(piece, tiles.q0, server))
     last = np.append(first[1:], len(piece)) - 1
-    # a row block is whole when one server has it all; then its key bounds are the piece's own and may grow with the
-    # rows
+    # a row block is whole when one server has it all;
+    # then its key bounds are the piece's own and may grow with the rows
     alone = np.flatnonzero(_changes(piece, tiles.q0))
     whole = np.isin(first, alone) & np.isin(last + 1, np.append(alone, len(piece)))
     piece, server = piece[first], server[first]

@@ -27,8 +27,8 @@ UNBOUNDED = 1 << 40  # further than any document is long, and far enough from 2^
 
 @dataclass(frozen=True, slots=True)
 class Bands:
-    """Columns of equal length, one entry per band. Rows and keys count from wherever the owner says (a document, a
-    buffer)."""
+    """Columns of equal length, one entry per band.
+    Rows and keys count from wherever the owner says (a document, a buffer)."""
 
     q0: np.ndarray  # (B,) int64, first query row
     q1: np.ndarray  # (B,) int64, one past the last query row
@@ -177,8 +177,8 @@ def intersect(a: Bands, b: Bands) -> Bands:
 
 
 def tighten(bands: Bands) -> Bands:
-    """The same pairs in the smallest rectangle: rows that see no key, and keys that no row sees, are dropped from the
-    edges."""
+    """The same pairs in the smallest rectangle: rows that see no key,
+    and keys that no row sees, are dropped from the edges."""
     rows, keys = bands.q1 - bands.q0, bands.k1 - bands.k0
     first_row = np.maximum(0, -bands.hi)  # below it i + hi < 0: left of every key
     last_row = np.minimum(rows - 1, keys - 1 - bands.lo)  # beyond it i + lo >= keys: right of every key

@@ -29,8 +29,8 @@ NOTHING_MOVES = 10_000 * MILLION
 
 
 def predicted(plan: Plan, wire: Wire | None = None) -> int:
-    """Cost until the last server is done, for a server of the pool's best capacity; without `wire`, of the tasks
-    alone."""
+    """Cost until the last server is done, for a server of the pool's best capacity;
+    without `wire`, of the tasks alone."""
     capacity = np.array(plan.pool.capacity, np.int64)
     tasks = plan.load() * capacity.max() // capacity
     if wire is None:

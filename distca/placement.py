@@ -38,8 +38,8 @@ LARGE = 32  # documents of more than 1/32 of a share are placed one by one
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Rank `rank` holds rows [start, end) of `document` as its own rows [row, row + end - start). Sorted by rank, then
-    row."""
+    """Rank `rank` holds rows [start, end) of `document` as its own rows [row, row + end - start).
+    Sorted by rank, then row."""
 
     document: np.ndarray  # (N,) int64
     start: np.ndarray  # (N,) int64
@@ -213,8 +213,8 @@ def _lay_stripes(documents, lengths, work, mean, ranks, block) -> list[tuple[int
 
 
 def _lay_pairs(documents, lengths, work, mean, ranks, filler, block) -> list[tuple[int, int, int, int]]:
-    """(document, start, end, rank) of head and tail pairs, from both ends inwards, as large as each rank has room
-    for."""
+    """(document, start, end, rank) of head and tail pairs, from both ends inwards,
+    as large as each rank has room for."""
     if not len(documents):
         return []
     table = []
@@ -312,8 +312,8 @@ def _fill(queue: _Queue, ranks: _Ranks, mean: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _pour(entries: np.ndarray, vessels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Lay entries end to end beside vessels (borders of both, from 0 to one total): entry, its first and last row,
-    vessel."""
+    """Lay entries end to end beside vessels (borders of both, from 0 to one total):
+    entry, its first and last row, vessel."""
     assert entries[-1] == vessels[-1], f"{entries[-1]} rows for {vessels[-1]} places"
     borders = np.unique(np.concatenate([entries, vessels]))
     start, end = borders[:-1], borders[1:]

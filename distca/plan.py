@@ -50,8 +50,8 @@ class Pool:
         return len(self.capacity)
 
     def neighbourhood(self) -> np.ndarray:
-        """(servers,) int64: which one each server is in; dedicated servers and those that live somewhere are counted
-        apart."""
+        """(servers,) int64: which one each server is in;
+        dedicated servers and those that live somewhere are counted apart."""
         dedicated = np.array([home is None for home in self.home])
         number = np.where(dedicated, np.cumsum(dedicated), np.cumsum(~dedicated)) - 1
         size = np.where(dedicated, dedicated.sum(), (~dedicated).sum())
@@ -145,8 +145,8 @@ class Plan:
         return load_at_home(self.segments, self.mask, self.cost, int(self.segments.rank.max(initial=0)) + 1)
 
     def load_packed(self) -> np.ndarray:
-        """(ranks,) int64: the same if documents lay end to end in their own order, instead of where they were
-        placed."""
+        """(ranks,) int64: the same if documents lay end to end in their own order,
+        instead of where they were placed."""
         num_ranks = int(self.segments.rank.max(initial=0)) + 1
         return load_at_home(packed_in_order(self.lengths, num_ranks), self.mask, self.cost, num_ranks)
 

@@ -135,8 +135,8 @@ def _homes(lengths, work, inputs: PlanInputs) -> tuple[Segments, Segments, np.nd
 
 
 def _home_shares(pool: Pool, num_homes: int, total: int) -> np.ndarray:
-    """(homes,) work that each home should hold: in proportion to the server that lives there, all alike if none
-    does."""
+    """(homes,) work that each home should hold: in proportion to the server that lives there,
+    all alike if none does."""
     weight = [0] * num_homes
     for capacity, home in zip(pool.capacity, pool.home, strict=True):
         if home is not None:
@@ -222,8 +222,8 @@ class _Moved:
 def _share_out(
     document, pieces: Bands, costs, server, load, limit, neighbourhood, cost: Cost, inputs: PlanInputs
 ) -> _Moved:
-    """Stages 1 to 4: what goes where when no server may exceed `limit` and nothing leaves its `neighbourhood`,
-    (servers,)."""
+    """Stages 1 to 4: what goes where when no server may exceed `limit` and
+    nothing leaves its `neighbourhood`, (servers,)."""
     # what lies of one document in different neighbourhoods is shared out like different documents
     document = document * (int(neighbourhood.max()) + 1) + neighbourhood[server]
     given, amount = _surplus(pieces, costs, server, load, limit)
@@ -439,8 +439,8 @@ def _bands(portions, amounts, rows, held: dict[int, int], shape: _TileShape) -> 
 
 
 def _tiles(regions: Bands, pieces: Bands, amount, all_given, line: _Line, cost: Cost, block: int):
-    """Every part of the giving pieces as bands, the item (row of `regions`) each belongs to, its server or NOBODY for
-    home."""
+    """Every part of the giving pieces as bands, the item (row of `regions`)
+    each belongs to, its server or NOBODY for home."""
     item_end = np.minimum(np.cumsum(amount), line.band_end[-1])
     item_start, band_start = np.append(0, item_end[:-1]), np.append(0, line.band_end[:-1])
     borders = np.unique(np.concatenate([[0], item_end, line.band_end]))
@@ -511,8 +511,8 @@ def _at_least_a_block(bottom, item, inside: Bands, block: int) -> np.ndarray:
 
 
 def _share(part, amount, whole) -> np.ndarray:
-    """amount * part // whole for part <= whole, where the product may not fit 64 bits: then to 31 bits of part /
-    whole."""
+    """amount * part // whole for part <= whole, where the product may not fit 64 bits:
+    then to 31 bits of part / whole."""
     shift = max(0, int(whole.max(initial=1)).bit_length() + int(amount.max(initial=1)).bit_length() - 62)
     half = shift // 2
     return np.minimum(

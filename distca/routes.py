@@ -108,8 +108,8 @@ class Shipments:
         return self[self.rank == rank]
 
     def by_rank(self) -> dict[int, np.ndarray]:
-        """All shipments of one server: the server's row numbers that each rank sends, in the order in which they
-        travel."""
+        """All shipments of one server: the server's row numbers that each rank sends,
+        in the order in which they travel."""
         return _rows_by(self.rank, self.server_row, self.rows)
 
 

@@ -213,11 +213,8 @@ def attend_backward_torch(
         parts = _backward(do_BHQD, q_BHQD, k_BGKD, v_BGKD, out_BHQD, lse_BHQ, batch.tile, scale)
         if work.is_whole:
             return tuple(x.transpose(1, 2).flatten(0, 1).to(dtype).contiguous() for x in parts)
-        for at, whole, part, is_own in (
-            (batch.rows, dq_SHD, parts[0], batch.has_own_rows),
-            (batch.keys, dk_CGD, parts[1], batch.has_own_keys),
-            (batch.keys, dv_CGD, parts[2], batch.has_own_keys),
-        ):
+        rows, keys = (batch.rows, batch.has_own_rows), (batch.keys, batch.has_own_keys)
+        for (at, is_own), whole, part in zip((rows, keys, keys), (dq_SHD, dk_CGD, dv_CGD), parts, strict=True):
             if is_own:
                 at.put(whole, part.transpose(1, 2))
             else:

@@ -10,8 +10,8 @@ ROWS, WORDS = 16, 256  # of 4 bytes: 16 KiB at once
 
 @triton.jit
 def move_rows_kernel(parts_ptr, GATHERS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """Program (n, part) moves rows from n * ROWS on; a part is the addresses of x, index and packed, rows, words in a
-    row."""
+    """Program (n, part) moves rows from n * ROWS on; a part is the addresses of x,
+    index and packed, rows, words in a row."""
     part_ptr = parts_ptr + 5 * tl.program_id(1)
     x_ptr = tl.load(part_ptr).to(tl.pointer_type(tl.int32))
     index_ptr = tl.load(part_ptr + 1).to(tl.pointer_type(tl.int64))

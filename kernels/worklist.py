@@ -51,8 +51,8 @@ class WorkList:
 
 
 def work_list(tasks: Bands, num_rows: int, num_groups: int, tile: int, block: int) -> WorkList:
-    """The items of all tiles of `num_rows` packed rows, for `num_groups` key/value heads, with blocks of `block`
-    keys."""
+    """The items of all tiles of `num_rows` packed rows, for `num_groups` key/value heads,
+    with blocks of `block` keys."""
     b = tighten(tasks)
     b = b[b.q1 > b.q0]
     assert max(num_rows, int(b.k1.max(initial=0))) < FAR, "more rows or keys on one server than an int32 counts"

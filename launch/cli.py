@@ -89,8 +89,8 @@ class Train(OnRay):
 
 @dataclass(frozen=True)
 class Resume(OnRay):
-    """Go on from a run's newest checkpoint, bit for bit. --parallel.servers and other settings of the pool may
-    change."""
+    """Go on from a run's newest checkpoint, bit for bit.
+    --parallel.servers and other settings of the pool may change."""
 
     stopped: ClassVar[str] = "stopped before its first step, as asked; the run stays as it was"
     folder: tyro.conf.Positional[Path]
@@ -231,8 +231,8 @@ class Plan:
     head_dim: int = 128
     """Size of a head."""
     group: int | None = None
-    """Query heads per key/value head: what moving a query row costs, in key/value rows. Default: query_heads /
-    kv_heads."""
+    """Query heads per key/value head: what moving a query row costs,
+    in key/value rows. Default: query_heads / kv_heads."""
     mask: str = "causal"
     """causal, window:N, sinks:S+window:N, prefix:N or chunk:N, in tokens."""
     planner: Literal["tiles", "greedy", "greedy-even"] = "tiles"
@@ -481,8 +481,8 @@ class Jobs(OnJobServer):
 
 @dataclass(frozen=True)
 class Logs(OnJobServer):
-    """Show what a job has printed, and follow it until it is over. Ctrl-C stops following, not the job. Exit code: the
-    job's."""
+    """Show what a job has printed, and follow it until it is over.
+    Ctrl-C stops following, not the job. Exit code: the job's."""
 
     job: tyro.conf.Positional[str | None] = None
     """Its name, as `distca jobs` lists it; default: the newest."""
@@ -550,8 +550,8 @@ class Slurm:
     memory: str = "0"
     """Of each node, as sbatch takes it; 0 is all of it."""
     interface: str | None = None
-    """Network interface of the nodes between which rows travel, such as ib0; default: the one of their first
-    address."""
+    """Network interface of the nodes between which rows travel, such as ib0;
+    default: the one of their first address."""
     partition: str | None = None
     account: str | None = None
     setup: str = ""

@@ -203,8 +203,8 @@ class _Attention:
         return out_SHD
 
 
-# An operator's arguments are tensors and numbers, so whoever it works for is named by a number; it lives as long as its
-# micro-batch.
+# An operator's arguments are tensors and numbers, so whoever it works for is named by a number;
+# it lives as long as its micro-batch.
 _numbers = itertools.count()
 _by_number: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
 

@@ -280,8 +280,8 @@ class CoreAttention:
         return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-# An operator's arguments are tensors and numbers, so a CoreAttention is named by its number; it lives as long as its
-# micro-batch.
+# An operator's arguments are tensors and numbers, so a CoreAttention is named by its number;
+# it lives as long as its micro-batch.
 _sites: weakref.WeakValueDictionary[int, CoreAttention] = weakref.WeakValueDictionary()
 
 

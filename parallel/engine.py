@@ -1,7 +1,7 @@
 """How does DeepSpeed train the model, and what of it do we switch off or mend?
 
-The default process group is the trainers' alone: DeepSpeed makes its groups over it. The only file that imports
-deepspeed."""
+The default process group is the trainers' alone: DeepSpeed makes its groups over it.
+The only file that imports deepspeed."""
 
 from __future__ import annotations
 
@@ -66,10 +66,8 @@ class Engine:
         self._gradient_norm: float | None = None
         if settings.parallel.zero_stage == 3:
             _release_after_each_backward(self.deepspeed)
-        for (
-            name,
-            buffer,
-        ) in self.deepspeed.module.named_buffers():  # DeepSpeed casts buffers too; rotary frequencies must not be
+        # DeepSpeed casts buffers too; rotary frequencies must not be
+        for name, buffer in self.deepspeed.module.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
 
     def forward(self, nano_batches: list[dict]) -> torch.Tensor:
@@ -137,8 +135,8 @@ class Engine:
 
 
 class PlainEngine:
-    """The same gradients without DeepSpeed, which knows no fp64: plain sums over trainers. It verifies, it does not
-    train."""
+    """The same gradients without DeepSpeed, which knows no fp64:
+    plain sums over trainers. It verifies, it does not train."""
 
     def __init__(self, module: torch.nn.Module, settings: RunSettings, device: torch.device, passes: int):
         self._module = module.to(device)
@@ -206,8 +204,8 @@ def _without_magic(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _weights_only():
-    """DeepSpeed loads with weights_only=False, which runs whatever a hostile file says; allow tensors and its own few
-    classes."""
+    """DeepSpeed loads with weights_only=False, which runs whatever a hostile file says;
+    allow tensors and its own few classes."""
     before = os.environ.get(FORCE)
     os.environ[FORCE] = "1"
     try:
@@ -282,6 +280,6 @@ def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict
 def _quieten(device: torch.device) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
-        # this op is compiled at first use (over a minute) and leaves 69 MB per process in /dev/shm; ZeRO does not need
-        # it
+        # this op is compiled at first use (over a minute) and leaves 69 MB per process in /dev/shm;
+        # ZeRO does not need it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

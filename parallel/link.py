@@ -172,8 +172,8 @@ def unpack(payload: torch.Tensor, like: Sequence[tuple[tuple[int, ...], torch.dt
 
 
 def checksum(payload: torch.Tensor) -> int:
-    """Of a payload: XXH3 on the CPU, which no copy notices; on a GPU the sum of its words, which any single flipped bit
-    changes."""
+    """Of a payload: XXH3 on the CPU, which no copy notices; on a GPU the sum of its words,
+    which any single flipped bit changes."""
     if payload.numel() == 0:
         return 0
     if payload.device.type == "cpu":

@@ -130,10 +130,8 @@ def refuse_config(config: PretrainedConfig) -> None:
             "quantization_config is set: quantized weights cannot be trained; name a model with bf16 or fp32 weights"
         )
     rope = getattr(config, "rope_parameters", None) or {}
-    for kind in {rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))} & {
-        "dynamic",
-        "longrope",
-    }:
+    kinds = {of.get("rope_type") for of in (rope, *rope.values()) if isinstance(of, dict)}  # of all layers, or of each
+    for kind in kinds & {"dynamic", "longrope"}:
         raise Unsupported(
             f"rope_type {kind!r} changes with the longest position that a rank sees, so ranks would disagree: use "
             "'default', 'linear', 'yarn' or 'llama3'"

@@ -18,8 +18,8 @@ def refuse_precision(settings: RunSettings) -> None:
     if settings.train.precision == "fp64":
         raise Unsupported("train.precision: fp64 is for `distca verify`; DeepSpeed trains with fp32 or bf16")
     if settings.train.precision == "bf16" and settings.parallel.zero_stage == 0:
-        # DeepSpeed's stage-0 bf16 optimizer steps once on zero gradients, which shifts Adam's bias correction by one
-        # step
+        # DeepSpeed's stage-0 bf16 optimizer steps once on zero gradients,
+        # which shifts Adam's bias correction by one step
         raise Unsupported("train.precision: bf16 needs parallel.zero_stage of at least 1; stage 0 trains with fp32")
 
 

@@ -110,11 +110,7 @@ class AttentionServer:
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
         self._answers: queue.SimpleQueue = queue.SimpleQueue()
         if rank is None:
-            for work, tasks in (
-                ("plan", self._plans),
-                ("compute", self._ready),
-                ("send", self._answers),
-            ):
+            for work, tasks in dict(plan=self._plans, compute=self._ready, send=self._answers).items():
                 name = f"{work}, server {number}"
                 threading.Thread(target=_work_forever, args=(tasks, self._fail), name=name, daemon=True).start()
 

@@ -25,8 +25,8 @@ import torch
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A new one. Its launches are short and others wait for them, so they go before those that queue on the default
-    stream."""
+    """A new one. Its launches are short and others wait for them,
+    so they go before those that queue on the default stream."""
     return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
 

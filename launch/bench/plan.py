@@ -1,5 +1,5 @@
-"""`distca plan`: what would the planner do with these documents? A table, a picture, a file that other tools can
-score."""
+"""`distca plan`: what would the planner do with these documents? A table,
+a picture, a file that other tools can score."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ class PlanScore:
     """Least, mean and most work of a server, as a part of its fair share."""
     moved: int
     worst_rank: float
-    """Most that one rank or server sends or receives one way: half of `group` for a query row, 1 for a key/value
-    row."""
+    """Most that one rank or server sends or receives one way:
+    half of `group` for a query row, 1 for a key/value row."""
     time: int
     """Predicted, in the unit of the plan's cost."""
     plan_ms: float

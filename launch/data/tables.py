@@ -91,8 +91,8 @@ def _damaged_groups(
     names: Sequence[str],
     source: SourceSettings,
 ) -> Iterator[Found]:
-    """Row by row, from row `done` on, what can be read of row groups that begin at row `first`; each group until its
-    damage."""
+    """Row by row, from row `done` on, what can be read of row groups that begin at row `first`;
+    each group until its damage."""
     for group in groups:
         batches = _group_batches(table, 1, [group], columns_to_read(names, source))
         for row in range(first, first + sizes[group]):

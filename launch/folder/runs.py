@@ -104,8 +104,8 @@ def differences(before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def changes_since(checkpoint: Published, settings: RunSettings) -> list[str]:
-    """What is another setting than the checkpoint was made with, in words; raises `SettingsError` for what may not
-    be."""
+    """What is another setting than the checkpoint was made with, in words;
+    raises `SettingsError` for what may not be."""
     changed = list(differences(checkpoint.facts["settings"], settings.model_dump(mode="json")))
     wrong = [f"{name}: {old} (asked for {new})" for name, old, new in changed if _is_one_of(name, BOUND)]
     if wrong:

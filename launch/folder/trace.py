@@ -162,8 +162,8 @@ def _threads_of(spans: Iterable[Span]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Rows that crossed a link: the span that sent them, and the one that took them in, with their recordings'
-    numbers."""
+    """Rows that crossed a link: the span that sent them, and the one that took them in,
+    with their recordings' numbers."""
 
     sender: int
     sent: Span

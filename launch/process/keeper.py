@@ -57,8 +57,8 @@ def keeping(folder: str | os.PathLike) -> Iterator[dict[str, str]]:
 
 
 def end_all_of(folder: str, driver: int) -> bool:
-    """Kill what belongs to the folder, but for the driver, until nothing does; False if it is still there after
-    `GIVE_UP_S`."""
+    """Kill what belongs to the folder, but for the driver, until nothing does;
+    False if it is still there after `GIVE_UP_S`."""
     calm, deadline = 0, time.monotonic() + GIVE_UP_S
     while calm < CALM_SCANS:
         others = set(map(int, filter(str.isdigit, os.listdir("/proc")))) - {driver}

@@ -1,5 +1,5 @@
-"""What does a run know about its own speed, before its first step? Enough to decide about overlap, and to say what it
-takes."""
+"""What does a run know about its own speed, before its first step? Enough to decide about overlap,
+and to say what it takes."""
 
 from __future__ import annotations
 

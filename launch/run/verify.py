@@ -129,8 +129,8 @@ def single_device_step(
 
 
 def _error(gradient: torch.Tensor | None, reference: torch.Tensor, whole: float) -> float:
-    """Relative to the parameter's own gradient; where that is nothing beside the whole gradient, relative to the
-    whole."""
+    """Relative to the parameter's own gradient; where that is nothing beside the whole gradient,
+    relative to the whole."""
     if gradient is None:
         return float("inf")
     size = float(reference.double().norm())

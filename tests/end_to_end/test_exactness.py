@@ -1,8 +1,8 @@
 """A distributed step equals one device, loss and every gradient, for every pool, model family, precision and ZeRO
 stage.
 
-Real trainers and servers, one process each, over Gloo; the reference is the stock Transformers model on each document
-alone."""
+Real trainers and servers, one process each, over Gloo;
+the reference is the stock Transformers model on each document alone."""
 
 import pytest
 from hardware_tables import write_hardware

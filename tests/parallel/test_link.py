@@ -1,5 +1,5 @@
-"""A link carries bytes exactly or says that it did not: between two real processes over each transport, and within
-one."""
+"""A link carries bytes exactly or says that it did not:
+between two real processes over each transport, and within one."""
 
 import ast
 import multiprocessing

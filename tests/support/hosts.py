@@ -123,8 +123,8 @@ def ray_node(
 
 
 def own_sessions(environment: Mapping[str, str]) -> str:
-    """`before` of a node that runs jobs: Ray brings their files into a folder of each host, which is one and the same
-    here."""
+    """`before` of a node that runs jobs: Ray brings their files into a folder of each host,
+    which is one and the same here."""
     return f"mount -t tmpfs tmpfs {environment['RAY_TMPDIR']}"
 
 

@@ -19,8 +19,8 @@ CAUSAL, CPU = MaskRule(), torch.device("cpu")
 
 
 def make_exchanges(num_ranks, pool, backend="reference", device=CPU):
-    """One exchange per rank, with a link to every server of the pool but the one that lives with it; and the
-    servers."""
+    """One exchange per rank, with a link to every server of the pool but the one that lives with it;
+    and the servers."""
     make = lambda number, home: AttentionServer(number, backend, device, home, deadline_s=60.0)  # noqa: E731
     servers = [make(number, home) for number, home in enumerate(pool.home)]
     exchanges = []

@@ -1,5 +1,5 @@
-"""A run's workers as plain processes over Gloo: the same trainers and servers that Ray starts, without Ray's
-seconds."""
+"""A run's workers as plain processes over Gloo:
+the same trainers and servers that Ray starts, without Ray's seconds."""
 
 from __future__ import annotations
 
