@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 ANSWER_S = 10.0
 SAVE_S = 600  # a job that is asked to stop has so long for its step and its checkpoint; Ray would give it 3 s
 PATIENCE_S = 60.0  # a job server that is gone for longer is given up; its jobs go on
+CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # they tell of every upload
 NOT_FOUND = 127  # what a shell answers where a command is none
 OURS, FOLDER = "distca", "distca_folder"  # in a job's metadata
 OVER = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED})
@@ -71,14 +72,12 @@ def job_server(address: str | None, insecure: bool = False) -> Iterator[JobServe
     Raises SettingsError or TryAgain. `address` is that of Ray's dashboard, http://host:8265; by default what the
     environment names (RAY_API_SERVER_ADDRESS, or RAY_ADDRESS where that is an http address)."""
     url = url_of(address, os.environ)
-    token = _admitted(url, insecure)
-    logging.getLogger("ray").setLevel(logging.WARNING)
-    for quiet in ("sdk", "utils", "packaging"):  # which tell of every upload
-        for name in list(logging.root.manager.loggerDict):
-            if name.startswith("ray.") and name.endswith(quiet):
-                logging.getLogger(name).setLevel(logging.WARNING)
-    with environment(RAY_ADDRESS=None, RAY_API_SERVER_ADDRESS=None):  # would win over the address
-        yield JobServer(url, token)
+    takes_token = _lets_in(url, insecure)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    changes = dict(RAY_ADDRESS=None, RAY_API_SERVER_ADDRESS=None)  # would win over the address
+    with environment(**changes if takes_token else changes | dict(RAY_AUTH_MODE="disabled")):
+        yield JobServer(url)
 
 
 def url_of(address: str | None, names: dict[str, str]) -> str:
@@ -99,25 +98,24 @@ def url_of(address: str | None, names: dict[str, str]) -> str:
     )
 
 
-def _admitted(url: str, insecure: bool) -> dict[str, str]:
-    """The header with our token, empty for a cluster that asks for none."""
+def _lets_in(url: str, insecure: bool) -> bool:
+    """Whether the cluster asks for a token, and takes ours; False for one that asks for none, and is not told it."""
     if _answer(url, {}) == requests.codes.ok:
         sentence = f"the Ray cluster at {url} asks for no token: whoever reaches it can run any code on it"
         if not insecure:
             raise SettingsError(f"{sentence}. Start it with RAY_AUTH_MODE=token, or accept this: --insecure")
         logger.warning("%s", sentence)
-        return {}
+        return False
     if os.environ.get("RAY_AUTH_MODE") != "token":
         raise SettingsError(
             f"the Ray cluster at {url} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=<its file>"
         )
     our_token()  # or the sentence that there is none
-    token = get_auth_headers_if_auth_enabled({})
-    if _answer(url, token) != requests.codes.ok:
+    if _answer(url, get_auth_headers_if_auth_enabled({})) != requests.codes.ok:
         raise SettingsError(
             f"the Ray cluster at {url} refused our token: set RAY_AUTH_TOKEN_PATH to the file with its token"
         )
-    return token
+    return True
 
 
 def _answer(url: str, token: dict[str, str]) -> int:
@@ -143,8 +141,8 @@ def _reason(error: BaseException) -> str:
 class JobServer:
     """One cluster's, as one who has its token sees it."""
 
-    def __init__(self, url: str, token: dict[str, str]):
-        self.url, self._token = url, token
+    def __init__(self, url: str):
+        self.url = url
         with _in_words(url):
             self._client = JobSubmissionClient(url)
 
