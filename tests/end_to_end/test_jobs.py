@@ -19,6 +19,7 @@ from distca.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_SETTINGS, EXIT_TRY_AGA
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
 
 STEPS = 20
+TRAIN = dict(steps=STEPS, tokens_per_step=8192)  # seconds of steps, so that a run is stopped in the middle
 
 
 class Client:
@@ -50,12 +51,18 @@ def client(tmp_path_factory):
         yield Client(hosts[3], environment, hosts[0].address)
 
 
-def test_a_job_trains_as_one_machine_does_and_its_exit_code_is_ours(client, tmp_path):
-    run = write_run_file(tmp_path, "job", train=dict(steps=STEPS))
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The losses of one machine."""
+    return losses_alone(tmp_path_factory.mktemp("alone"), train=TRAIN)
+
+
+def test_a_job_trains_as_one_machine_does_and_its_exit_code_is_ours(client, alone, tmp_path):
+    run = write_run_file(tmp_path, "job", train=TRAIN)
     done = client.run("submit", run, "--hosts", 3)
     assert done.returncode == EXIT_OK, done.stdout
     assert f"step {STEPS}/{STEPS}" in done.stdout and "packed" in done.stdout
-    assert losses_of(tmp_path / "runs" / "job") == losses_alone(tmp_path, train=dict(steps=STEPS))
+    assert losses_of(tmp_path / "runs" / "job") == alone
     again = client.run("submit", run)
     assert again.returncode == EXIT_SETTINGS and f"step {STEPS} of {STEPS} is done" in again.stdout
     (name,) = re.findall(r"^job +(\S+) at", done.stdout, re.MULTILINE)
@@ -64,9 +71,8 @@ def test_a_job_trains_as_one_machine_does_and_its_exit_code_is_ours(client, tmp_
     assert f"step {STEPS}/{STEPS}" in client.run("logs", name).stdout
 
 
-def test_a_job_goes_on_without_its_follower_is_stopped_with_a_checkpoint_and_resumes(client, tmp_path):
-    """Long steps, so that it is stopped in the middle."""
-    run = write_run_file(tmp_path, "resumed", train=dict(steps=STEPS, tokens_per_step=16384))
+def test_a_job_goes_on_without_its_follower_is_stopped_with_a_checkpoint_and_resumes(client, alone, tmp_path):
+    run = write_run_file(tmp_path, "resumed", train=TRAIN)
     with open(tmp_path / "output", "w") as output:
         command = client.command("submit", run)
         follower = client.host.start(command, env=client.environment, stdout=output, stderr=output)
@@ -90,7 +96,6 @@ def test_a_job_goes_on_without_its_follower_is_stopped_with_a_checkpoint_and_res
 
     done = client.run("submit", run)
     assert done.returncode == EXIT_OK and "resuming" in done.stdout, done.stdout
-    alone = losses_alone(tmp_path, train=dict(steps=STEPS, tokens_per_step=16384))
     assert losses_of(tmp_path / "runs" / "resumed") == alone
     seen = curves(tmp_path / "runs" / "resumed")
     assert [loss.step for loss in seen.Scalars("train/loss")] == list(range(1, STEPS + 1))
