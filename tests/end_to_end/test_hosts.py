@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def hosts():
-    """Three for a cluster that stays, three for what a test starts."""
-    with network(6) as made:
+    """Three for a cluster that stays, three for what a test starts, two with documents of their own."""
+    with network(8) as made:
         yield made
 
 
@@ -165,7 +165,7 @@ def own_caches(hosts, tmp_path_factory):
         (folder / f"{name}-there").mkdir()
     before = " && ".join(f"mount --bind {folder}/{name}-there {folder}/{name}" for name in ("cache", "text"))
     before += f" && export PYTHONPATH={folder}/text:$PYTHONPATH"
-    with ray_head(hosts[3], folder, 2) as environment, ray_node(hosts[4], environment, folder, 2, before):
+    with ray_head(hosts[6], folder, 2) as environment, ray_node(hosts[7], environment, folder, 2, before):
         yield environment, folder
 
 
@@ -180,7 +180,7 @@ def trained_spread(hosts, own_caches, folder: Path, *options: str) -> subprocess
     pool = dict(trainers=4, servers=0, trainers_serve=True, placement="spread")
     run = write_run_file(folder, "own", data=data, train=dict(steps=3), parallel=pool)
     command = [*DISTCA, "train", str(run), "--folder", str(folder / "run"), *options]
-    return hosts[3].run(command, env=environment, cwd=folder)
+    return hosts[6].run(command, env=environment, cwd=folder)
 
 
 def prepared_in(cache: Path) -> list[str]:
@@ -220,7 +220,7 @@ def test_a_host_that_cannot_read_the_runs_documents_is_named(hosts, own_caches, 
     done = trained_spread(hosts, own_caches, tmp_path)
     assert done.returncode == code and "step 1" not in done.stdout, done.stdout
     pattern = said.format(cache=own / "cache", text=own / "text")
-    assert re.search(f"host {hosts[4].address}:? {pattern}", " ".join(done.stdout.split())), done.stdout
+    assert re.search(f"host {hosts[7].address}:? {pattern}", " ".join(done.stdout.split())), done.stdout
 
 
 SEND_A_SCOUT = """
@@ -256,8 +256,8 @@ def test_what_a_worker_on_another_host_said_last_comes_home(hosts, own_caches, t
     (own / "text" / "lonely.py").write_text("class Lonely: pass")
     (own / "text-there" / "lonely.py").write_text(module)
     environment = environment | {"PYTHONPATH": f"{own}/text:{os.environ.get('PYTHONPATH', '')}"}
-    done = hosts[3].run([sys.executable, "-c", SEND_A_SCOUT, str(own / "cache" / "run")], env=environment, cwd=tmp_path)
-    assert re.search(f"scout 0 on host {hosts[4].address} .*{said}.*{own}/cache/run/logs/scout-0.txt", done.stdout), (
+    done = hosts[6].run([sys.executable, "-c", SEND_A_SCOUT, str(own / "cache" / "run")], env=environment, cwd=tmp_path)
+    assert re.search(f"scout 0 on host {hosts[7].address} .*{said}.*{own}/cache/run/logs/scout-0.txt", done.stdout), (
         done.stdout
     )
     assert in_log in done.stdout.partition("\nits log:")[2], done.stdout
