@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import DISTCA, losses_alone, losses_of, wait_until, write_run_file
-from hosts import Host, network, ray_cluster, ray_head, ray_node, without_ray
+from hosts import Host, closed, network, ray_cluster, ray_head, ray_node, without_ray
 
 from distca.errors import EXIT_SETTINGS, EXIT_TRY_AGAIN
 
@@ -46,9 +46,8 @@ POOLS = {
 
 @pytest.mark.parametrize("transport", ["pairs", "group", "nixl"])
 def test_a_step_over_three_hosts_is_exact(hosts, environment, tmp_path, transport):
-    """By a mixed pool, of which every host has its share."""
-    pool = dict(transport=transport, **POOLS["mixed over all"])
-    run = write_run_file(tmp_path, "hosts", train=dict(steps=3, tokens_per_step=2049, precision="fp64"), parallel=pool)
+    pool = dict(transport=transport, placement="apart")
+    run = write_run_file(tmp_path, "hosts", train=dict(steps=3, precision="fp64"), parallel=pool)
     done = hosts[0].run([*DISTCA, "verify", str(run)], env=environment, cwd=tmp_path)
     assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout
 
@@ -125,10 +124,8 @@ def refused(hosts, tmp_path, before: str, address: str | None = None) -> str:
 
 
 def test_a_host_that_another_does_not_reach_is_named(hosts, tmp_path):
-    """Ray itself needs no way from one of its workers to another."""
-    rules = ["add pref 10 lookup local", "del pref 0"]  # the kernel's first rule lets in whatever is addressed to it
-    rules += [f"add pref 5 from {hosts[4].address} ipproto tcp dport 10000-65000 prohibit"]
-    said = refused(hosts, tmp_path, " && ".join(f"ip rule {rule}" for rule in rules))
+    with closed(hosts[5], hosts[4]):
+        said = refused(hosts, tmp_path, "")
     assert f"host {hosts[4].address} does not reach host {hosts[5].address}" in said
 
 
@@ -287,12 +284,10 @@ def test_the_doctor_names_the_hosts_that_are_not_well(hosts, tmp_path):
     (other / "numpy-0.1.dist-info").mkdir(parents=True)
     (other / "numpy-0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
     (other / "sitecustomize.py").write_text("import time\nreal = time.time\ntime.time = lambda: real() + 30\n")
-    rules = ["add pref 10 lookup local", "del pref 0"]
-    rules += [f"add pref 5 from {hosts[4].address} ipproto tcp dport 10000-65000 prohibit"]
-    before = [f"ip rule {rule}" for rule in rules]
-    before += [f"mount -t tmpfs none {tmp_path}/runs", f"export PYTHONPATH={other}:$PYTHONPATH"]
+    before = [f"mount -t tmpfs none {tmp_path}/runs", f"export PYTHONPATH={other}:$PYTHONPATH"]
     run = write_run_file(tmp_path, "hosts", train=dict(steps=3))
     with (
+        closed(hosts[5], hosts[4]),
         ray_head(hosts[3], tmp_path, 1) as environment,
         ray_node(hosts[4], environment, tmp_path, 1),
         ray_node(hosts[5], environment, tmp_path, 1, " && ".join(before)),

@@ -81,6 +81,24 @@ def network(num_hosts: int) -> Iterator[list[Host]]:
         yield hosts
 
 
+@contextlib.contextmanager
+def closed(host: Host, to: Host) -> Iterator[None]:
+    """The other host cannot connect to ports that the kernel picks here, for a while; Ray needs none of its nodes'
+    workers to reach those of another."""
+    rules = [  # the kernel's first one lets in whatever is addressed to it
+        ("add", "del", "pref 10 lookup local"),
+        ("del", "add", "pref 0 lookup local"),
+        ("add", "del", f"pref 5 from {to.address} ipproto tcp dport 10000-65000 prohibit"),
+    ]
+    for do, _, rule in rules:
+        _ip("-n", host.name, "rule", do, *rule.split())
+    try:
+        yield
+    finally:
+        for _, undo, rule in reversed(rules):
+            _ip("-n", host.name, "rule", undo, *rule.split())
+
+
 def without_ray() -> dict[str, str]:
     """The environment, of which nothing chooses a Ray or an interface."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "GLOO_"))}
