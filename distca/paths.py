@@ -49,4 +49,4 @@ def matching(pattern: Path) -> list[Path]:
 def root_of(pattern: Path) -> Path:
     """The folder in which a pattern is looked for: those that are there are meant by their names, also where these look
     like patterns, as in `run [1]/*.jsonl`."""
-    return next((folder for folder in pattern.parents if folder.is_dir()), Path())
+    return next((folder for folder in pattern.parents if os.path.isdir(folder)), Path())

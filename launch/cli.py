@@ -24,6 +24,7 @@ from distca.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_OTHER, SettingsError, 
 from distca.launch.process.forkserver import RayOptions, forkserver
 from distca.launch.process.stop import ending, listening, was_asked
 from distca.launch.process.unforeseen import in_words
+from distca.paths import expanded
 
 if TYPE_CHECKING:
     from distca.launch.cluster.jobs import JobServer
@@ -440,7 +441,7 @@ class Submit(OnJobServer):
 
     def __call__(self, overrides: list[str], console: Console) -> int:
         settings = load_settings(self.run, overrides)
-        folder = str((self.folder or settings.monitor.folder / settings.name).absolute())
+        folder = os.path.abspath(expanded(self.folder or settings.monitor.folder / settings.name))
         options = ["--hosts", str(self.hosts)] * (self.hosts > 1) + ["--insecure"] * self.insecure
         with self.server() as server:
             name, parcel = server.submit(settings, folder, options, self.python)

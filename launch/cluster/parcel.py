@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from distca.config import FORMULAS, RunSettings, dump_settings, validate_settings
+from distca.errors import SettingsError
 from distca.launch.cluster.hosts import own_code
+from distca.launch.data.files import below
 from distca.launch.folder.paths import absolute_paths
 from distca.paths import expanded, matching, root_of
 
 RUN_FILE, INPUTS = "run.yaml", "inputs"
+MOST_FILES = 10_000
 MOST_BYTES = 64_000_000  # of all inputs; Ray's job server takes 100 MiB, and keeps them in its memory
 
 
@@ -34,48 +37,71 @@ class Parcel:
 
 
 def pack(settings: RunSettings, folder: Path) -> Parcel:
-    """Fill an empty folder."""
+    """Fill an empty folder. Raises SettingsError for an input that cannot be read."""
     parcel = Parcel(absolute_paths(settings))
     for name, file in own_code().items():
         place = folder / "distca" / name
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, place)
     values, room = parcel.settings.model_dump(mode="json"), MOST_BYTES
-    for number, (section, name) in enumerate(_inputs(values)):
+    if str(settings.data.cache).startswith("~"):
+        values["data"]["cache"] = str(settings.data.cache)  # in the home of whoever the job runs as
+    for number, (section, name, held) in enumerate(_inputs(values, expanded(settings.data.cache))):
         path = section[name]
-        files = _files(path)
-        size = sum(file.stat().st_size for file in files)
-        if not files or size > room:
+        if held is None or held.num_bytes > room:
             parcel.left.append(path)
             continue
-        room -= size
-        section[name] = _copy(path, files, folder, f"{INPUTS}/{number}")
+        room -= held.num_bytes
+        section[name] = _copy(path, held.files, folder, f"{INPUTS}/{number}")
         parcel.packed.append(path)
     parcel.settings = validate_settings(values)
     (folder / RUN_FILE).write_text(dump_settings(parcel.settings), encoding="utf-8")
     return parcel
 
 
-def _inputs(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """(section, name) of every setting that holds the absolute path of something that a run reads."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What lies at a path."""
+
+    files: list[Path]
+    num_bytes: int
+
+
+def _inputs(values: dict[str, Any], cache: Path) -> list[tuple[dict[str, Any], str, _Held | None]]:
+    """(section, name, what is there) of every setting that holds the absolute path of something that a run reads; None
+    for what is not here, or is too much. The smallest come first: a model's weights leave no room for a tokenizer."""
     data, planner = values["data"], values["planner"]
     places = [(source, "path") for source in data["sources"] if source["format"] != "hub"]
     places += [(data, "tokenizer"), (values["model"], "path")]
     places += [] if planner["cost"] in FORMULAS else [(planner, "cost")]
-    # small ones first: a model's weights leave no room for a tokenizer
-    held = [(sum(f.stat().st_size for f in _files(s[n])), s, n) for s, n in places if s[n] and os.path.isabs(s[n])]
-    yield from ((section, name) for _, section, name in sorted(held, key=lambda of: of[0]))
+    found = [
+        (section, name, _held(section[name], cache)) for section, name in places if os.path.isabs(section[name] or "")
+    ]
+    return sorted(found, key=lambda of: of[2].num_bytes if of[2] else 0)
 
 
-def _files(path: str) -> list[Path]:
-    """Every file that a path of a run file may mean: one, all in a folder, or those that a pattern matches."""
-    place = expanded(path)
-    if place.is_dir():
-        walked = os.walk(place, followlinks=False)
-        return [Path(here, name) for here, _, names in walked for name in names if Path(here, name).is_file()]
-    if place.is_file():
-        return [place]
-    return [file for file in matching(place) if file.is_file()]
+def _held(path: str, cache: Path) -> _Held | None:
+    """The files that a run would read; it looks no further than there is room for."""
+    files, num_bytes = [], 0
+    try:
+        for file in _files(expanded(path), cache):
+            num_bytes += file.stat().st_size
+            files.append(file)
+            if num_bytes > MOST_BYTES or len(files) > MOST_FILES:
+                return None
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be packed: {error.filename}: {error.strerror}") from None
+    return _Held(files, num_bytes) if files else None
+
+
+def _files(place: Path, cache: Path) -> Iterator[Path]:
+    """Every file that a path of a run file means: one, all in a folder, or those that a pattern matches."""
+    if os.path.isdir(place):
+        yield from below(place, cache)
+    elif os.path.isfile(place):
+        yield place
+    else:
+        yield from (file for file in matching(place) if file.is_file())
 
 
 def _copy(path: str, files: list[Path], folder: Path, place: str) -> str:
@@ -90,5 +116,8 @@ def _copy(path: str, files: list[Path], folder: Path, place: str) -> str:
     for file in files:
         to = folder / place / file.relative_to(root)
         to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, to)
+        try:
+            shutil.copyfile(file, to)
+        except OSError as error:
+            raise SettingsError(f"{path} cannot be packed: {file}: {error.strerror}") from None
     return os.path.join(place, rest) if rest else place

@@ -121,7 +121,7 @@ def _folder_files(name: str, source: SourceSettings, folder: Path, cache: Path |
     if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
         return _saved_files(name, folder)
     files, aside = [], []
-    for file in _walk(folder, cache):
+    for file in sorted(below(folder, cache)):
         if (format := _ending_format(file)) and source.format in ("auto", format) or source.format == "text":
             files.append(
                 DataFile(file, str(file.relative_to(folder)), source.format if source.format != "auto" else format)
@@ -156,17 +156,15 @@ def _saved_files(name: str, folder: Path) -> list[DataFile]:
         ) from error
 
 
-def _walk(folder: Path, cache: Path | None) -> Iterator[Path]:
-    """Files below a folder in the order of their paths, through links to folders too; hidden ones are left aside."""
-    found: list[Path] = []
+def below(folder: Path, cache: Path | None) -> Iterator[Path]:
+    """Files below a folder, in no order, through links to folders too; hidden ones are left aside, and `cache`."""
     seen = {os.path.realpath(cache)} if cache else set()
     for here, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         real = os.path.realpath(here)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
-            found += [Path(here, name) for name in files if not name.startswith(".")]
+            yield from (Path(here, name) for name in files if not name.startswith("."))
         seen.add(real)
-    return iter(sorted(found))
 
 
 def _raise(error: OSError) -> None:

@@ -35,7 +35,7 @@ def obstacle(folder: Path) -> Path | None:
 
 def nearest(folder: Path) -> Path:
     """The folder, or the nearest place on the way to it that is there."""
-    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
 
 
 def _absolute(name: str | Path | None, local: bool = False) -> str | None:

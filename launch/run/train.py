@@ -66,7 +66,7 @@ def train(settings: RunSettings, console: Console, ray: RayOptions = OWN_RAY, ow
     settings = absolute_paths(settings)
     refuse_precision(settings)
     config = check(settings)
-    refuse_folder(settings.monitor.folder)
+    refuse_folder((own_folder or settings.monitor.folder).absolute())
     documents = prepare_documents(settings, config, console)
     first_step_with_targets(settings, documents)  # refused before anything is started
     with new_folder(settings, own=own_folder) as folder, accounted(folder):
