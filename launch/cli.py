@@ -22,7 +22,7 @@ from rich.table import Table
 from distca.config import describe_settings, dump_settings, load_settings, split_overrides, study_settings
 from distca.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_OTHER, SettingsError, TryAgain, UserError
 from distca.launch.process.forkserver import RayOptions, forkserver
-from distca.launch.process.stop import ending, listening, was_asked
+from distca.launch.process.stop import ending, held, listening, was_asked
 from distca.launch.process.unforeseen import in_words
 from distca.paths import expanded
 
@@ -408,16 +408,18 @@ class OnJobServer:
     @staticmethod
     def follow(server: JobServer, name: str, console: Console) -> int:
         """Show what a job prints until it is over; its exit code becomes ours."""
-        try:
-            job = server.follow(name, lambda text: console.print(text, end="", markup=False, highlight=False))
-        except KeyboardInterrupt:
-            console.print(f"\nno longer following {name}, which goes on", highlight=False)
-            console.print(f"      follow:  {escape(server.command('logs', name))}", highlight=False)
-            console.print(f"      stop:    {escape(server.command('stop', name))}", highlight=False)
-            return EXIT_INTERRUPTED
+        job = server.follow(name, lambda text: console.print(text, end="", markup=False, highlight=False))
         if error := server.ended(job):
             raise error
         return EXIT_OK
+
+    @staticmethod
+    def detached(server: JobServer, name: str, console: Console) -> int:
+        """An interrupt ends the following, not the job: say how to come back."""
+        console.print(f"\nno longer following {escape(name)}, which goes on", highlight=False)
+        console.print(f"      follow:  {escape(server.command('logs', name))}", highlight=False)
+        console.print(f"      stop:    {escape(server.command('stop', name))}", highlight=False)
+        return EXIT_INTERRUPTED
 
 
 @dataclass(frozen=True)
@@ -444,15 +446,22 @@ class Submit(OnJobServer):
         folder = os.path.abspath(expanded(self.folder or settings.monitor.folder / settings.name))
         options = ["--hosts", str(self.hosts)] * (self.hosts > 1) + ["--insecure"] * self.insecure
         with self.server() as server:
-            name, parcel = server.submit(settings, folder, options, self.python)
-            console.print(f"[bold]job[/]        {escape(name)} at {escape(server.url)}", highlight=False)
-            console.print(f"[bold]run[/]        {escape(folder)}, on the cluster", highlight=False)
-            for path in parcel.packed:
-                console.print(f"[bold]packed[/]     {escape(path)}", highlight=False)
-            for path in parcel.left:
-                console.print(f"[bold]not packed[/] {escape(path)}: must be there on the cluster", highlight=False)
-            if self.follow_log:
-                return self.follow(server, name, console)
+            name = None
+            try:
+                with held():  # or an interrupt would leave a job that nobody was told of
+                    name, parcel = server.submit(settings, folder, options, self.python)
+                console.print(f"[bold]job[/]        {escape(name)} at {escape(server.url)}", highlight=False)
+                console.print(f"[bold]run[/]        {escape(folder)}, on the cluster", highlight=False)
+                for path in parcel.packed:
+                    console.print(f"[bold]packed[/]     {escape(path)}", highlight=False)
+                for path in parcel.left:
+                    console.print(f"[bold]not packed[/] {escape(path)}: must be there on the cluster", highlight=False)
+                if self.follow_log:
+                    return self.follow(server, name, console)
+            except KeyboardInterrupt:
+                if name is None:
+                    raise
+                return self.detached(server, name, console)
             console.print(f"      follow:  {escape(server.command('logs', name))}", highlight=False)
         return EXIT_OK
 
@@ -491,13 +500,18 @@ class Logs(OnJobServer):
     def __call__(self, overrides: list[str], console: Console) -> int:
         _refuse_overrides("logs", overrides)
         with self.server() as server:
-            return self.follow(server, server.job(self.job).name, console)
+            name = server.job(self.job).name
+            try:
+                return self.follow(server, name, console)
+            except KeyboardInterrupt:
+                return self.detached(server, name, console)
 
 
 @dataclass(frozen=True)
 class Stop(OnJobServer):
     """Stop a job: it finishes its step and saves a checkpoint, from which the same run can be submitted again."""
 
+    stopped: ClassVar[str] = "no longer waiting; a job that was asked to stop ends after its checkpoint"
     job: tyro.conf.Positional[str | None] = None
     """Its name, as `distca jobs` lists it; default: the newest."""
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 ANSWER_S = 10.0
 SAVE_S = 600  # a job that is asked to stop has so long for its step and its checkpoint; Ray would give it 3 s
+SILENCE_S = 120.0  # of a log; then it is asked for anew
 PATIENCE_S = 60.0  # a job server that is gone for longer is given up; its jobs go on
 CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # they tell of every upload
 NOT_FOUND = 127  # what a shell answers where a command is none
@@ -138,13 +140,20 @@ def _reason(error: BaseException) -> str:
     return re.sub(r"^\[Errno -?\d+\] ", "", first_line(error))
 
 
+class _Client(JobSubmissionClient):
+    """Ray's, which would wait for ever for a server that has fallen silent."""
+
+    def _do_request(self, *args: Any, **kwargs: Any) -> requests.Response:
+        return super()._do_request(*args, **{"timeout": PATIENCE_S, **kwargs})
+
+
 class JobServer:
     """One cluster's, as one who has its token sees it."""
 
     def __init__(self, url: str):
         self.url = url
         with _in_words(url):
-            self._client = JobSubmissionClient(url)
+            self._client = _Client(url)
 
     def submit(
         self,
@@ -168,7 +177,8 @@ class JobServer:
         words = [python, "-m", "distca.launch.entry", "train", RUN_FILE, "--folder", folder, *options]
         with tempfile.TemporaryDirectory(prefix="distca-job-") as draft:
             parcel = pack(settings, Path(draft))
-            with _in_words(self.url):
+            # Ray would leave out what the .gitignore of a folder with data names
+            with _in_words(self.url), environment(RAY_RUNTIME_ENV_IGNORE_GITIGNORE="1"):
                 self._client.submit_job(
                     entrypoint=f"exec {shlex.join(words)}",  # or a shell would stand between Ray and the run
                     submission_id=name,
@@ -205,31 +215,40 @@ class JobServer:
 
     def follow(self, name: str, say: Callable[[str], None]) -> Job:
         """Say what the job prints, from its beginning, until it is over."""
-        said, lost = 0, None
+        said, lost, was_over = 0, None, False
 
         async def listen() -> None:
             nonlocal said
             start = 0  # of a piece, in all that the job has printed: each connection tells it from the beginning
-            async for piece in self._client.tail_job_logs(name):
-                end = start + len(piece)
-                if end > said:
-                    say(piece[max(0, said - start) :])
-                    said = end
-                start = end
+            pieces = self._client.tail_job_logs(name)
+            with contextlib.suppress(
+                StopAsyncIteration, asyncio.TimeoutError
+            ):  # silence may be a connection that is dead
+                while piece := await asyncio.wait_for(anext(pieces), SILENCE_S):
+                    end = start + len(piece)
+                    if end > said:
+                        say(piece[max(0, said - start) :])
+                        said = end
+                    start = end
 
         while True:
+            is_cut = False
             try:
                 asyncio.run(listen())
+            except (aiohttp.ClientError, RuntimeError, OSError):
+                is_cut = True
+            try:
                 job, lost = self.job(name), None
-                if job.is_over:
-                    return job
-            except (TryAgain, aiohttp.ClientError, RuntimeError) as error:
+            except TryAgain as error:
                 lost = lost or time.monotonic()
                 if time.monotonic() - lost > PATIENCE_S:
                     raise TryAgain(
-                        f"the job server at {self.url} is gone: {_reason(error)}. If its cluster is not, the job goes "
-                        f"on: {self.command('logs', name)}"
+                        f"{error}. If the cluster is still there, the job goes on: {self.command('logs', name)}"
                     ) from None
+            else:
+                if job.is_over and (was_over or not is_cut):
+                    return job
+                was_over = job.is_over  # once more, for the end of what it has printed
             time.sleep(0.5)
 
     def stop(self, name: str) -> bool:
@@ -284,3 +303,8 @@ def _in_words(url: str) -> Iterator[None]:
         raise SettingsError(f"the Ray cluster at {url} does not take our token any more") from None
     except (requests.exceptions.RequestException, ConnectionError) as error:
         raise TryAgain(f"no answer from the job server at {url}: {_reason(error)}") from None
+    except RuntimeError as error:  # of whatever else the server said, which ends in a traceback of its own
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise TryAgain(
+            f"the job server at {url} could not do it: {lines[-1] if lines else 'no reason given'}"
+        ) from None

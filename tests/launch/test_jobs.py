@@ -72,6 +72,38 @@ def test_what_is_large_or_not_here_stays_where_it_is_and_small_things_are_taken_
     assert [os.path.isabs(path) for path in paths] == [True, False, True]
 
 
+def test_a_folder_is_packed_as_a_run_reads_it(here, tmp_path_factory):
+    """Through a link to another disk, and without what is hidden: a run never reads that, and it may be a secret."""
+    far = tmp_path_factory.mktemp("far")
+    (far / "z.txt").write_text("far away")
+    (here / "a [1]" / "link").symlink_to(far)
+    for name in (".env", ".gitignore", ".hidden/x.txt"):
+        (here / "a [1]" / name).parent.mkdir(exist_ok=True)
+        (here / "a [1]" / name).write_text("*")
+    run = write_run_file(here, "run", data=dict(sources=[dict(path="a [1]", format="text")]), train=dict(steps=1))
+    pack(load_settings(run), here / "parcel")
+    packed = {path.relative_to(here / "parcel/inputs/0").as_posix() for path in (here / "parcel/inputs/0").rglob("*.*")}
+    assert packed == {"x.txt", "deep/y.txt", "z.md", "link/z.txt"}
+
+
+def test_a_folder_that_cannot_be_read_whole_is_no_parcel(here):
+    (here / "a [1]" / "gone.txt").symlink_to("nowhere")
+    run = write_run_file(here, "run", data=dict(sources=[dict(path="a [1]", format="text")]), train=dict(steps=1))
+    with pytest.raises(SettingsError, match=r"a \[1\] cannot be packed: .*gone.txt: No such file"):
+        pack(load_settings(run), here / "parcel")
+
+
+def test_no_more_files_are_looked_at_than_there_is_room_for(here, monkeypatch):
+    monkeypatch.setattr(parcel, "MOST_FILES", 2)
+    run = write_run_file(here, "run", data=dict(sources=[dict(path="a [1]", format="text")]), train=dict(steps=1))
+    assert pack(load_settings(run), here / "parcel").left == [str(here / "a [1]")]
+
+
+def test_a_cache_in_the_home_is_in_that_of_whoever_the_job_runs_as(here):
+    run = write_run_file(here, "run", data=dict(cache="~/.cache/distca"), train=dict(steps=1))
+    assert str(pack(load_settings(run), here / "parcel").settings.data.cache) == "~/.cache/distca"
+
+
 def test_the_parcel_runs_this_code_wherever_it_is_opened(here):
     pack(load_settings(write_run_file(here, "run", train=dict(steps=1))), here / "parcel")
     code = 'import distca, distca.launch.cluster.hosts as h; print(distca.__file__, h.versions()["distca\'s code"])'
@@ -149,6 +181,32 @@ def test_an_open_cluster_is_refused_before_our_token_goes_there(monkeypatch, tmp
         with job_server(url, insecure=True) as taken:
             assert taken.url == url and not taken.jobs()
     assert len(asked) > 3 and not any("secret" in str(headers) for headers in asked)
+
+
+class Broken:
+    """A job's log whose connection is cut now and then, and the server that has it."""
+
+    def __init__(self, cuts, monkeypatch):
+        self.cuts, self.states = cuts, iter([*["RUNNING"] * len(cuts), "SUCCEEDED", "SUCCEEDED"])
+        monkeypatch.setattr(jobs.time, "sleep", lambda _: None)
+        self.server = object.__new__(jobs.JobServer)
+        self.server.url, self.server._client = "http://head:8265", self
+        self.server.job = lambda name: jobs.Job(name, "run", "/runs", next(self.states), 0.0, 1.0, 0, "")
+
+    async def tail_job_logs(self, name):
+        text = "one two three four five"
+        if self.cuts:
+            yield text[: self.cuts.pop(0)]
+            raise RuntimeError("connection closed unexpectedly")
+        for start in range(0, len(text), 5):
+            yield text[start : start + 5]
+
+
+@pytest.mark.parametrize("cuts", [[], [3], [0, 9, 4], [23], list(range(1, 23))], ids=str)
+def test_a_log_that_is_cut_again_and_again_is_said_once_and_whole(monkeypatch, cuts):
+    said = []
+    assert Broken(list(cuts), monkeypatch).server.follow("job", said.append).is_over
+    assert "".join(said) == "one two three four five"
 
 
 @pytest.mark.parametrize("answer", [404, 500, 302])
