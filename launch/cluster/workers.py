@@ -12,6 +12,7 @@ worker reaches the caller as one `UserError` that names the worker and what it w
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import os
@@ -19,7 +20,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,23 +162,47 @@ def place(
     """
     start = said = time.monotonic()
     wanted = (trainers, servers, "beside" if cluster.own else placement)
-    while True:
-        nodes = _nodes()
-        decided = _decided([node.has for node in nodes], wanted, gpus, threads)
-        if cluster.own and decided is None:
-            raise SettingsError(_missing(wanted, gpus, nodes, "this machine"))
-        left_s = start + timeout_s - time.monotonic()
-        if decided and (now_free := _free_now(nodes, decided[0], wanted, gpus, threads)):
-            if reserved := _reserve(cluster, nodes, *now_free, gpus, max(0.1, min(TAKEN_S, left_s))):
-                return reserved
-        now = time.monotonic()
-        if now - start >= timeout_s:
-            raise TryAgain(f"{_missing(wanted, gpus, nodes)} (waited {now - start:.0f} s)")
-        if now - said >= SAY_EVERY_S:
-            said, sentence = now, "waiting for a place for %d workers since %.0f s: %s"
-            why = _awaited(nodes, decided[0], trainers + servers, gpus) if decided else _missing(wanted, gpus, nodes)
-            logger.info(sentence, trainers + servers, now - start, why)
-        time.sleep(ASK_AGAIN_S)
+    with _asking() as ask_for:
+        while True:
+            nodes = _nodes()
+            decided = _decided([node.has for node in nodes], wanted, gpus, threads)
+            if cluster.own and decided is None:
+                raise SettingsError(_missing(wanted, gpus, nodes, "this machine"))
+            left_s = start + timeout_s - time.monotonic()
+            ask_for([] if decided else [{"GPU": 1} if gpus else {"CPU": threads}] * (trainers + servers))
+            if decided and (now_free := _free_now(nodes, decided[0], wanted, gpus, threads)):
+                if reserved := _reserve(cluster, nodes, *now_free, gpus, max(0.1, min(TAKEN_S, left_s))):
+                    return reserved
+            now = time.monotonic()
+            if now - start >= timeout_s:
+                raise TryAgain(f"{_missing(wanted, gpus, nodes)} (waited {now - start:.0f} s)")
+            if now - said >= SAY_EVERY_S:
+                said, sentence = now, "waiting for a place for %d workers since %.0f s: %s"
+                lacks = _missing(wanted, gpus, nodes)
+                why = _awaited(nodes, decided[0], trainers + servers, gpus) if decided else lacks
+                logger.info(sentence, trainers + servers, now - start, why)
+            time.sleep(ASK_AGAIN_S)
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[Callable[[list[dict[str, float]]], None]]:
+    """A wish for these resources that stays with Ray until another, or none, is asked for: a cluster that grows by
+    itself does so for what somebody waits for."""
+    groups: list[PlacementGroup] = []
+
+    def ask_for(bundles: list[dict[str, float]]) -> None:
+        if bool(bundles) == bool(groups):
+            return
+        with held():
+            if bundles:
+                groups.append(placement_group(bundles))
+            else:
+                ray.util.remove_placement_group(groups.pop())
+
+    try:
+        yield ask_for
+    finally:
+        ask_for([])
 
 
 def _nodes() -> list[_Node]:
@@ -299,6 +324,11 @@ def scout(
     """Start a process on one of Ray's nodes as `spawn` does, but one that takes no place from workers."""
     options = dict(num_cpus=0, num_gpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
     return _start(cluster, "scout", number, options, common, worker_class, args, {})
+
+
+def num_gpus() -> int:
+    """Of the whole cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
 
 
 def nodes_by_host() -> dict[str, str]:

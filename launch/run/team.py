@@ -17,7 +17,7 @@ from distca.errors import SettingsError
 from distca.launch.cluster.hosts import common
 from distca.launch.cluster.session import start_ray, wait_for_hosts
 from distca.launch.cluster.store import rendezvous_store
-from distca.launch.cluster.workers import Worker, WorkerProcess, gather, place, refuse_strangers, spawn
+from distca.launch.cluster.workers import Worker, WorkerProcess, gather, num_gpus, place, refuse_strangers, spawn
 from distca.launch.process.forkserver import RayOptions
 from distca.launch.run.plan_inputs import knowing_nodes, uneven_nodes
 from distca.launch.run.readers import documents_by_host
@@ -79,6 +79,8 @@ def team_of(
             options = dict(num_workers=num_workers, threads=parallel.threads, gpus=gpus)
             cluster = stack.enter_context(start_ray(folder, ray, **options))
             wait_for_hosts(ray.hosts, timeout_s)
+            if not gpus and parallel.device == "auto" and not cluster.own and (count := num_gpus()):
+                logger.warning("the cluster has %d GPUs, and this run takes none: set parallel.device: cuda", count)
             counts = (parallel.trainers, parallel.servers, parallel.placement)
             placement = place(cluster, *counts, timeout_s=timeout_s, gpus=gpus, threads=parallel.threads)
             if uneven := uneven_nodes(settings, placement.hosts):

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import grpc
 import psutil
@@ -422,6 +423,18 @@ def test_a_place_that_somebody_else_has_taken_meanwhile_is_given_up_and_looked_f
     with pytest.raises(TryAgain, match="others hold them"):
         place(running[0], 2, 2, timeout_s=1.5)
     assert len(asked) > 1 and all(before == ["CREATED"] for before in asked) and groups() == ["CREATED"]
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+def test_a_cluster_that_lacks_hosts_is_asked_for_what_they_would_have_while_somebody_waits(running, monkeypatch):
+    """One that grows by itself does so for nothing else."""
+    asked = []
+    free = workers_module.available_resources_per_node
+    monkeypatch.setattr(workers_module, "available_resources_per_node", lambda: asked.append(groups()) or free())
+    with pytest.raises(TryAgain, match="2 workers need 2 GPUs, the cluster has 0"):
+        place(replace(running[0], own=False), 2, gpus=True, timeout_s=1.5)
+    assert asked[0] == groups() == ["CREATED"] and sorted(asked[-1]) == ["CREATED", "PENDING"]
 
 
 @pytest.mark.alone
