@@ -47,7 +47,6 @@ class Recorder:
         self._workers = trainers + [server for server in servers if server not in trainers]
         self._ranks = {str(worker): rank for rank, worker in enumerate(trainers)}
         self._numbers = {str(worker): number for number, worker in enumerate(servers)}
-        self._names = names
         self._clocks: list[tuple[float, float]] | None = None  # what to add to a worker's times, and the error
         self._kept: list[StepTrace] = []
         self._start = 0.0
